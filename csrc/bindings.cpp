@@ -1,0 +1,210 @@
+// The only file that knows Python: mobilenet_fast._C.
+#include <torch/csrc/jit/python/pybind_utils.h>
+#include <torch/extension.h>
+
+#include <array>
+
+#include "engine/plan.h"
+#include "steps/common.h"
+
+namespace mobilenet_fast {
+namespace {
+
+using Quad = std::array<int64_t, 4>;
+
+ImageShape image_shape(const Quad& nchw) { return {nchw[0], nchw[2], nchw[3], nchw[1]}; }
+
+// Stands for a value of the plan among the arguments of an ATen operator.
+struct ValueRef {
+  int64_t index;
+};
+
+Storage parse_storage(const std::string& name) {
+  if (name == "arena") return Storage::kArena;
+  if (name == "input") return Storage::kInput;
+  if (name == "output") return Storage::kOutput;
+  if (name == "aten") return Storage::kAten;
+  throw py::value_error("Plan: storage must be arena, input, output or aten, got '" + name + "'");
+}
+
+AtenArgument aten_argument(const py::handle& object, const c10::Argument& argument) {
+  if (py::isinstance<ValueRef>(object)) {
+    return {AtenArgument::kValue, {}, {object.cast<ValueRef>().index}};
+  }
+  if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object)) {
+    std::vector<int64_t> values;
+    bool refers = false, optional = false;
+    for (const py::handle& item : object) {
+      const bool is_value = py::isinstance<ValueRef>(item);
+      refers |= is_value;
+      optional |= item.is_none();
+      values.push_back(is_value ? item.cast<ValueRef>().index : -1);
+    }
+    if (refers) {
+      const auto list = argument.type()->cast<c10::ListType>();
+      optional |= list && list->getElementType()->kind() == c10::TypeKind::OptionalType;
+      return {optional ? AtenArgument::kOptionalValues : AtenArgument::kValues, {}, std::move(values)};
+    }
+  }
+  return {AtenArgument::kConstant, torch::jit::toIValue(object, argument.type()), {}};
+}
+
+void add_aten(Plan& plan, const std::string& name, const std::string& overload, const py::list& arguments,
+              std::vector<int64_t> outputs) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
+  const auto& schema = op.schema();
+  if (arguments.size() != schema.arguments().size()) {
+    throw py::value_error("Plan: " + name + " takes " + std::to_string(schema.arguments().size()) +
+                          " arguments, got " + std::to_string(arguments.size()));
+  }
+  AtenStep step{op, {}, std::move(outputs)};
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    step.arguments.push_back(aten_argument(arguments[i], schema.arguments()[i]));
+  }
+  plan.add(std::move(step));
+}
+
+// Checks raised with TORCH_CHECK_VALUE and its kind become Python's own exceptions, without a C++ trace.
+void translate_exception(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const c10::NotImplementedError& e) {
+    PyErr_SetString(PyExc_NotImplementedError, e.what_without_backtrace());
+  } catch (const c10::ValueError& e) {
+    PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+  } catch (const c10::TypeError& e) {
+    PyErr_SetString(PyExc_TypeError, e.what_without_backtrace());
+  } catch (const c10::Error& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  py::register_local_exception_translator(translate_exception);
+  current_isa();  // an impossible MOBILENET_FAST_ISA is reported on import
+
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("cpu_isa", [] { return std::string(isa_name(current_isa())); });
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : available_isas()) names.push_back(isa_name(isa));
+    return names;
+  });
+  m.def("vector_lanes", [](const std::string& isa) { return kernels<float>(choose_isa("vector_lanes", isa)).lanes; });
+
+  m.def("depthwise_conv2d", &depthwise_conv2d, py::arg("input"), py::arg("weight"), py::arg("bias") = py::none(),
+        py::arg("stride") = std::vector<int64_t>{1, 1}, py::arg("padding") = std::vector<int64_t>{0, 0},
+        py::arg("dilation") = std::vector<int64_t>{1, 1}, py::arg("activation") = "none", py::arg("isa") = py::none(),
+        release);
+  m.def("pointwise_conv2d", &pointwise_conv2d, py::arg("input"), py::arg("weight"), py::arg("bias") = py::none(),
+        py::arg("activation") = "none", py::arg("gate") = py::none(), py::arg("residual") = py::none(),
+        py::arg("isa") = py::none(), release);
+  m.def("batch_norm_act", &batch_norm_act, py::arg("input"), py::arg("running_mean"), py::arg("running_var"),
+        py::arg("weight") = py::none(), py::arg("bias") = py::none(), py::arg("eps") = 1e-5,
+        py::arg("activation") = "none", py::arg("isa") = py::none(), release);
+  m.def("squeeze_excite", &squeeze_excite, py::arg("input"), py::arg("weight1"), py::arg("bias1"), py::arg("weight2"),
+        py::arg("bias2"), py::arg("squeeze_activation") = "relu", py::arg("gate_activation") = "hardsigmoid",
+        py::arg("isa") = py::none(), release);
+
+  const auto isa_of = [](const std::string& name) { return choose_isa("Plan", name); };
+  const auto act_of = [](const std::string& name) { return parse_activation("Plan", name); };
+  m.def(
+      "pack_conv2d",
+      [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa) {
+        return pack_conv2d(weight, bias, isa_of(isa));
+      },
+      py::arg("weight"), py::arg("bias"), py::arg("isa"));
+  m.def(
+      "pack_depthwise_conv2d",
+      [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa) {
+        return pack_depthwise_conv2d(weight, bias, isa_of(isa));
+      },
+      py::arg("weight"), py::arg("bias"), py::arg("isa"));
+  m.def("fold_batch_norm", &fold_batch_norm, py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"),
+        py::arg("eps"));
+  m.def("depthwise_sum_parts", &depthwise_sum_parts);
+
+  py::class_<ValueRef>(m, "ValueRef").def(py::init<int64_t>()).def_readonly("index", &ValueRef::index);
+  py::class_<Plan>(m, "Plan")
+      .def(py::init([](const std::string& dtype,
+                       const std::vector<std::tuple<std::string, int64_t, std::vector<int64_t>, bool>>& values,
+                       const std::vector<int64_t>& outputs, int64_t arena_bytes) {
+             std::vector<Value> converted;
+             for (const auto& [storage, location, shape, any_strides] : values) {
+               converted.push_back({parse_storage(storage), location, shape, any_strides});
+             }
+             return std::make_unique<Plan>(dtype == "float64" ? at::kDouble : at::kFloat, std::move(converted), outputs,
+                                           arena_bytes);
+           }),
+           py::arg("dtype"), py::arg("values"), py::arg("outputs"), py::arg("arena_bytes"))
+      .def("run", &Plan::run, release)
+      .def("describe", &Plan::describe)
+      .def("add_aten", &add_aten, py::arg("name"), py::arg("overload"), py::arg("arguments"), py::arg("outputs"))
+      .def(
+          "add_pointwise_conv2d",
+          [=](Plan& plan, const std::string& isa, Quad x_shape, int64_t out_channels, const at::Tensor& packed,
+              const std::string& activation, int x, int y, int gate, int residual) {
+            plan.add(make_pointwise_conv2d(isa_of(isa), image_shape(x_shape), out_channels, packed, act_of(activation),
+                                           x, y, gate, residual));
+          },
+          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("out_channels"), py::arg("packed"),
+          py::arg("activation"), py::arg("x"), py::arg("y"), py::arg("gate"), py::arg("residual"))
+      .def(
+          "add_conv2d",
+          [=](Plan& plan, const std::string& isa, Quad x_shape, Quad y_shape, const at::Tensor& packed,
+              std::array<int64_t, 8> w, const std::string& activation, int x, int y, int residual) {
+            plan.add(make_conv2d(isa_of(isa), image_shape(x_shape), image_shape(y_shape), packed,
+                                 {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]}, act_of(activation), x, y, residual));
+          },
+          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("y_shape"), py::arg("packed"), py::arg("window"),
+          py::arg("activation"), py::arg("x"), py::arg("y"), py::arg("residual"))
+      .def(
+          "add_depthwise_conv2d",
+          [=](Plan& plan, const std::string& isa, Quad x_shape, Quad y_shape, const at::Tensor& packed,
+              std::array<int64_t, 8> w, const std::string& activation, int x, int y, int sums) {
+            plan.add(make_depthwise_conv2d(isa_of(isa), image_shape(x_shape), image_shape(y_shape), packed,
+                                           {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]}, act_of(activation), x, y,
+                                           sums));
+          },
+          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("y_shape"), py::arg("packed"), py::arg("window"),
+          py::arg("activation"), py::arg("x"), py::arg("y"), py::arg("sums"))
+      .def(
+          "add_squeeze_excite",
+          [=](Plan& plan, const std::string& isa, Quad x_shape, int64_t squeeze_channels, const at::Tensor& packed1,
+              const at::Tensor& packed2, const std::string& squeeze_activation, const std::string& gate_activation,
+              int x, int sums, int64_t parts, int gate) {
+            plan.add(make_squeeze_excite(isa_of(isa), image_shape(x_shape), squeeze_channels, packed1, packed2,
+                                         act_of(squeeze_activation), act_of(gate_activation), x, sums, parts, gate));
+          },
+          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("squeeze_channels"), py::arg("packed1"),
+          py::arg("packed2"), py::arg("squeeze_activation"), py::arg("gate_activation"), py::arg("x"), py::arg("sums"),
+          py::arg("parts"), py::arg("gate"))
+      .def(
+          "add_global_avg_pool",
+          [=](Plan& plan, const std::string& isa, Quad x_shape, int x, int sums, int64_t parts, int y) {
+            plan.add(make_global_avg_pool(isa_of(isa), plan.dtype(), image_shape(x_shape), x, sums, parts, y));
+          },
+          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("x"), py::arg("sums"), py::arg("parts"),
+          py::arg("y"))
+      .def(
+          "add_scale_shift_act",
+          [=](Plan& plan, const std::string& isa, Quad shape, const OptionalTensor& folded, int gate,
+              const std::string& activation, int x, int y) {
+            plan.add(make_scale_shift_act(isa_of(isa), plan.dtype(), image_shape(shape), folded, gate,
+                                          act_of(activation), x, y));
+          },
+          py::kw_only(), py::arg("isa"), py::arg("shape"), py::arg("folded"), py::arg("gate"), py::arg("activation"),
+          py::arg("x"), py::arg("y"))
+      .def(
+          "add_add_act",
+          [=](Plan& plan, const std::string& isa, int64_t elements, const std::string& activation, int a, int b,
+              int y) {
+            plan.add(make_add_act(isa_of(isa), plan.dtype(), elements, act_of(activation), a, b, y));
+          },
+          py::kw_only(), py::arg("isa"), py::arg("elements"), py::arg("activation"), py::arg("a"), py::arg("b"),
+          py::arg("y"));
+}
+
+}  // namespace mobilenet_fast

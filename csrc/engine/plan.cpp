@@ -1,0 +1,172 @@
+#include "engine/plan.h"
+
+#include "steps/common.h"
+
+namespace mobilenet_fast {
+namespace {
+
+at::MemoryFormat engine_format(size_t dim) {
+  return dim == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+void run_steps(const std::vector<const Step*>& steps, const Buffer* buffers, size_t shared_bytes, size_t thread_bytes,
+               Scratch& scratch) {
+  const int threads = team_size();
+  shared_bytes = round_up(static_cast<int64_t>(shared_bytes), 64);
+  thread_bytes = round_up(static_cast<int64_t>(thread_bytes), 64);
+  char* memory = scratch.at_least(shared_bytes + thread_bytes * threads + 64);
+  run_team(threads, [&](const Team& team) {
+    const Work work{team, buffers, memory, memory + shared_bytes + thread_bytes * team.index};
+    for (size_t i = 0; i < steps.size(); ++i) {
+      if (i > 0) team.sync();
+      steps[i]->run(work);
+    }
+  });
+}
+
+}  // namespace
+
+void run_step(const Step& step, const std::vector<Buffer>& buffers) {
+  thread_local Scratch scratch;
+  run_steps({&step}, buffers.data(), step.shared_scratch_bytes(), step.thread_scratch_bytes(), scratch);
+}
+
+Plan::Plan(at::ScalarType dtype, std::vector<Value> values, std::vector<int64_t> outputs, int64_t arena_bytes)
+    : dtype_(dtype), values_(std::move(values)), outputs_(std::move(outputs)), arena_bytes_(arena_bytes) {}
+
+void Plan::add(std::unique_ptr<Step> step) {
+  if (segments_.empty() || segments_.back().aten != nullptr) segments_.emplace_back();
+  Segment& segment = segments_.back();
+  segment.shared_scratch_bytes = std::max(segment.shared_scratch_bytes, step->shared_scratch_bytes());
+  segment.thread_scratch_bytes = std::max(segment.thread_scratch_bytes, step->thread_scratch_bytes());
+  segment.steps.push_back(std::move(step));
+}
+
+void Plan::add(AtenStep step) {
+  segments_.emplace_back();
+  segments_.back().aten = std::make_unique<AtenStep>(std::move(step));
+}
+
+std::vector<std::string> Plan::describe() const {
+  std::vector<std::string> lines;
+  for (const Segment& segment : segments_) {
+    for (const auto& step : segment.steps) lines.push_back(step->describe());
+    if (segment.aten != nullptr) lines.push_back("ATen " + c10::toString(segment.aten->op.operator_name()));
+  }
+  return lines;
+}
+
+std::unique_ptr<Plan::Arena> Plan::take_arena() {
+  const std::lock_guard lock(mutex_);
+  if (idle_.empty()) return std::make_unique<Arena>();
+  auto arena = std::move(idle_.back());
+  idle_.pop_back();
+  return arena;
+}
+
+void Plan::run_native(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena) const {
+  std::vector<const Step*> steps;
+  steps.reserve(segment.steps.size());
+  for (const auto& step : segment.steps) steps.push_back(step.get());
+  run_steps(steps, buffers.data(), segment.shared_scratch_bytes, segment.thread_scratch_bytes, arena.scratch);
+}
+
+at::Tensor Plan::tensor_of(int64_t value, const std::vector<at::Tensor>& tensors,
+                           const std::vector<Buffer>& buffers) const {
+  if (tensors[value].defined()) return tensors[value];
+  const Value& v = values_[value];
+  const auto options = at::TensorOptions().dtype(dtype_);
+  if (v.shape.size() != 4) return at::from_blob(buffers[value].data, v.shape, options);
+  const int64_t c = v.shape[1], h = v.shape[2], w = v.shape[3];
+  return at::from_blob(buffers[value].data, v.shape, {h * w * c, 1, w * c, c}, options);
+}
+
+void Plan::run_aten(const AtenStep& step, std::vector<at::Tensor>& tensors, std::vector<Buffer>& buffers) const {
+  torch::jit::Stack stack;
+  std::vector<at::Tensor> borrowed;  // views of arena memory, which a result must not outlive
+  const auto get = [&](int64_t value) {
+    at::Tensor tensor = tensor_of(value, tensors, buffers);
+    if (!tensors[value].defined()) borrowed.push_back(tensor);
+    return tensor;
+  };
+  for (const AtenArgument& argument : step.arguments) {
+    if (argument.kind == AtenArgument::kConstant) {
+      stack.push_back(argument.constant);
+    } else if (argument.kind == AtenArgument::kValue) {
+      stack.push_back(get(argument.values[0]));
+    } else if (argument.kind == AtenArgument::kValues) {
+      c10::List<at::Tensor> list;
+      for (int64_t value : argument.values) list.push_back(get(value));
+      stack.push_back(std::move(list));
+    } else {
+      c10::List<std::optional<at::Tensor>> list;
+      for (int64_t value : argument.values) list.push_back(value < 0 ? std::nullopt : std::make_optional(get(value)));
+      stack.push_back(std::move(list));
+    }
+  }
+  step.op.callBoxed(stack);
+
+  std::vector<at::Tensor> results;
+  for (const c10::IValue& result : stack) {
+    if (result.isTensor()) {
+      results.push_back(result.toTensor());
+    } else if (result.isTensorList()) {
+      for (const at::Tensor& tensor : result.toTensorVector()) results.push_back(tensor);
+    } else {
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "accelerate: ", c10::toString(step.op.operator_name()),
+                                  " must return tensors to be a step of a plan");
+    }
+  }
+  for (size_t i = 0; i < step.outputs.size() && i < results.size(); ++i) {
+    const int64_t value = step.outputs[i];
+    if (value < 0) continue;
+    at::Tensor result = results[i];
+    for (const at::Tensor& view : borrowed) {
+      if (result.is_alias_of(view)) {
+        result = result.clone();
+        break;
+      }
+    }
+    if (result.scalar_type() == dtype_) {
+      const at::Tensor dense = result.contiguous(engine_format(values_[value].shape.size()));
+      buffers[value] = buffer_with_strides(dense);
+      result = dense;
+    }
+    tensors[value] = std::move(result);
+  }
+}
+
+std::vector<at::Tensor> Plan::run(const std::vector<at::Tensor>& inputs) {
+  const at::NoGradGuard no_grad;
+  std::vector<Buffer> buffers(values_.size());
+  std::vector<at::Tensor> tensors(values_.size());
+  std::unique_ptr<Arena> arena = take_arena();
+  char* memory = arena->memory.at_least(static_cast<size_t>(arena_bytes_));
+  for (size_t i = 0; i < values_.size(); ++i) {
+    const Value& value = values_[i];
+    if (value.storage == Storage::kArena) {
+      buffers[i].data = memory + value.location;
+    } else if (value.storage == Storage::kInput) {
+      const at::Tensor& input = inputs[value.location];
+      tensors[i] = value.any_strides ? input : input.contiguous(engine_format(value.shape.size()));
+      buffers[i] = buffer_with_strides(tensors[i]);
+    } else if (value.storage == Storage::kOutput) {
+      tensors[i] = at::empty(value.shape, at::TensorOptions().dtype(dtype_), engine_format(value.shape.size()));
+      buffers[i] = buffer_of(tensors[i]);
+    }
+  }
+  for (const Segment& segment : segments_) {
+    if (segment.aten != nullptr) {
+      run_aten(*segment.aten, tensors, buffers);
+    } else {
+      run_native(segment, buffers, *arena);
+    }
+  }
+  std::vector<at::Tensor> results;
+  for (int64_t output : outputs_) results.push_back(tensors[output]);
+  const std::lock_guard lock(mutex_);
+  idle_.push_back(std::move(arena));
+  return results;
+}
+
+}  // namespace mobilenet_fast

@@ -1,0 +1,79 @@
+// A network as a list of steps over one arena. Made by Python (mobilenet_fast/accelerate), run here: runs of native steps
+// share one parallel region, a step that goes through ATen stands between regions.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "engine/step.h"
+
+namespace mobilenet_fast {
+
+enum class Storage { kArena, kInput, kOutput, kAten };
+
+// A tensor of the plan. In the arena and in outputs, four-dimensional tensors lie as N × H × W × C and others contiguous.
+struct Value {
+  Storage storage;
+  int64_t location;  // kArena: offset in bytes; kInput, kOutput: position; kAten: unused
+  std::vector<int64_t> shape;
+  bool any_strides;  // kInput: its readers accept it as it comes
+};
+
+// One argument of an ATen operator: a constant, a value of the plan, or a list of values (-1 for None).
+struct AtenArgument {
+  enum Kind { kConstant, kValue, kValues, kOptionalValues } kind;
+  c10::IValue constant;
+  std::vector<int64_t> values;
+};
+
+struct AtenStep {
+  c10::OperatorHandle op;
+  std::vector<AtenArgument> arguments;
+  std::vector<int64_t> outputs;  // values that take its results, in order; a list result is spread out; -1 drops one
+};
+
+class Plan {
+ public:
+  Plan(at::ScalarType dtype, std::vector<Value> values, std::vector<int64_t> outputs, int64_t arena_bytes);
+  void add(std::unique_ptr<Step> step);
+  void add(AtenStep step);
+
+  // Any number of calls may run at once; each takes an arena of its own. Outputs are fresh tensors.
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs);
+
+  at::ScalarType dtype() const { return dtype_; }
+  int64_t arena_bytes() const { return arena_bytes_; }
+  int64_t value_count() const { return static_cast<int64_t>(values_.size()); }
+  std::vector<std::string> describe() const;
+
+ private:
+  struct Arena {
+    Scratch memory;
+    Scratch scratch;
+  };
+  struct Segment {  // native steps that run in one region, or one ATen step
+    std::vector<std::unique_ptr<Step>> steps;
+    std::unique_ptr<AtenStep> aten;
+    size_t shared_scratch_bytes = 0, thread_scratch_bytes = 0;
+  };
+
+  std::unique_ptr<Arena> take_arena();
+  void run_native(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena) const;
+  void run_aten(const AtenStep& step, std::vector<at::Tensor>& tensors, std::vector<Buffer>& buffers) const;
+  at::Tensor tensor_of(int64_t value, const std::vector<at::Tensor>& tensors, const std::vector<Buffer>& buffers) const;
+
+  at::ScalarType dtype_;
+  std::vector<Value> values_;
+  std::vector<int64_t> outputs_;
+  int64_t arena_bytes_;
+  std::vector<Segment> segments_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Arena>> idle_;
+};
+
+}  // namespace mobilenet_fast

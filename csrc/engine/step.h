@@ -1,0 +1,73 @@
+// A step: one operation with its shapes, packed weights and choices fixed. An eager operator runs a plan of one step, a
+// network a plan of many; either way this is the only place where the operation is split over threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/team.h"
+
+namespace mobilenet_fast {
+
+// Where a tensor that a step reads or writes lies at run time. Tensors of four dimensions are (N, C, H, W) in memory as
+// N × H × W × C, dense; only a step that says so accepts the other strides given here.
+struct Buffer {
+  void* data = nullptr;
+  int64_t strides[4] = {0, 0, 0, 0};  // of (N, C, H, W), in elements; set for inputs of the plan only
+};
+
+struct Work {
+  const Team& team;
+  const Buffer* buffers;
+  char* shared_scratch;  // of all threads
+  char* thread_scratch;  // of this thread
+
+  template <class T>
+  T* buffer(int index) const {
+    return index < 0 ? nullptr : static_cast<T*>(buffers[index].data);
+  }
+};
+
+class Step {
+ public:
+  virtual ~Step() = default;
+  // Called by every thread of the team. The caller synchronises the team after it.
+  virtual void run(const Work& work) const = 0;
+  virtual size_t shared_scratch_bytes() const { return 0; }
+  virtual size_t thread_scratch_bytes() const { return 0; }
+  // What the step chose, for reports: "gemm 784×72×40, panels of 3 vectors".
+  virtual std::string describe() const = 0;
+};
+
+// 64-byte aligned memory that only grows.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* at_least(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + 63) / 64 * 64;
+      data_ = static_cast<char*>(std::aligned_alloc(64, size_));
+      if (data_ == nullptr) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data_;
+  }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Runs one step for an eager operator.
+void run_step(const Step& step, const std::vector<Buffer>& buffers);
+
+}  // namespace mobilenet_fast

@@ -1,0 +1,97 @@
+// What a kernel is called with: plain pointers, sizes and strides (in elements). No torch headers here or below.
+//
+// Activations lie channels-last: an image is H × W pixels, a pixel is `channels` consecutive elements. Every pointer is
+// to the first element that the call works on.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/isa.h"
+
+namespace mobilenet_fast {
+
+enum class Activation : int { kNone, kRelu, kRelu6, kHardswish, kHardsigmoid, kSilu, kSigmoid };
+
+// out[m, n] = activation(bias[n] + residual[m, n] + sum over chunks j and k of a[m * a_stride + chunk_offset[j] + k] *
+// weight[j * chunk_length + k, n]): a pointwise convolution is one chunk of all input channels with a row a pixel, a
+// k × k convolution has a chunk a kernel row (or a tap), with a row an output pixel.
+//
+// The weight is packed: output channels are cut into vectors of `lanes`, those into panels of at most `panel_vectors`
+// (see panel_begin), and each panel is stored row by row (chunk, then k), zero-padded to whole vectors. A call computes
+// the panels [panel_begin, panel_end) of `columns` columns in all.
+template <class T>
+struct GemmArgs {
+  const T* a;
+  int64_t a_stride;
+  int64_t rows;
+  const int64_t* chunk_offset;
+  int64_t chunks, chunk_length;
+  const T* weight;  // all panels
+  const T* bias;    // padded to whole vectors
+  int64_t columns;
+  int64_t panel_begin, panel_end;
+  const T* residual;  // or null
+  int64_t residual_stride;
+  T* out;
+  int64_t out_stride;
+  int64_t rows_per_block;  // rows that pass all panels before the next ones: their inputs and outputs stay in cache
+  Activation activation;
+};
+
+// Output rows [row_begin, row_end) of one image and one range of channels. The weight is stored tap by tap, `tap_stride`
+// elements apart. Where `sums` is given, the sum of the outputs over the rows of this call is added to it, per channel.
+template <class T>
+struct DepthwiseArgs {
+  const T* x;
+  int64_t x_row_stride, x_pixel_stride, height, width;
+  const T* weight;
+  int64_t tap_stride;
+  const T* bias;
+  T* y;
+  int64_t y_row_stride, y_pixel_stride, row_begin, row_end, out_width;
+  int64_t channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  T* sums;
+  Activation activation;
+};
+
+// y[m, c] = activation(x[m, c] * scale[c] + shift[c]) over `rows` pixels. Without `scale` it is 1; without `shift` it is -0,
+// which changes no number.
+template <class T>
+struct ScaleShiftArgs {
+  const T* x;
+  int64_t x_stride;
+  T* y;
+  int64_t y_stride;
+  int64_t rows, channels;
+  const T* scale;
+  const T* shift;
+  Activation activation;
+};
+
+// The kernels of one instruction set and one element type.
+template <class T>
+struct Kernels {
+  Isa isa;
+  int lanes;
+  int panel_vectors;  // vectors in a panel of the GEMM, at most
+  int panel_rows;     // rows that its micro-kernel computes together for a full panel
+  void (*gemm)(const GemmArgs<T>&);
+  void (*depthwise_conv2d)(const DepthwiseArgs<T>&);
+  void (*scale_shift_act)(const ScaleShiftArgs<T>&);
+  // y[i] = activation(x[i] * scale + shift), i < n: one plane of a contiguous tensor.
+  void (*scale_shift_act_plane)(const T* x, T* y, int64_t n, T scale, T shift, Activation activation);
+  // y[i] = activation(a[i] + b[i]), i < n.
+  void (*add_act)(const T* a, const T* b, T* y, int64_t n, Activation activation);
+  // sums[c] = sum over rows of x[row * stride + c].
+  void (*sum_rows)(const T* x, int64_t stride, int64_t rows, int64_t channels, T* sums);
+  T (*sum_plane)(const T* x, int64_t n);
+};
+
+// The vectors before panel p of `panels`, when `vectors` are shared out as evenly as they go.
+inline int64_t panel_first_vector(int64_t p, int64_t panels, int64_t vectors) { return p * vectors / panels; }
+inline int64_t panel_count(int64_t vectors, int64_t panel_vectors) {
+  return (vectors + panel_vectors - 1) / panel_vectors;
+}
+
+}  // namespace mobilenet_fast

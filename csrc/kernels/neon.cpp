@@ -1,0 +1,21 @@
+// The kernels for NEON on aarch64.
+#if defined(__aarch64__)
+#include "kernels/kernels.h"
+#include "kernels/registry.h"
+#include <arm_neon.h>
+#define MF_ISA neon
+#define MF_NEON
+#include "kernels/vec.h"
+// vec.h first: the kernels are written on it.
+#include "kernels/activation.h"
+#include "kernels/batch_norm_act.h"
+#include "kernels/depthwise_conv2d.h"
+#include "kernels/gemm.h"
+#include "kernels/pool.h"
+#include "kernels/table.h"
+
+namespace mobilenet_fast {
+Kernels<float> neon_kernels_float() { return neon::table<float>(Isa::kNeon); }
+Kernels<double> neon_kernels_double() { return neon::table<double>(Isa::kNeon); }
+}  // namespace mobilenet_fast
+#endif

@@ -1,0 +1,23 @@
+// The table of this instruction set's kernels; the last thing that an instruction-set file includes.
+#pragma once
+
+namespace mobilenet_fast {
+namespace MF_ISA {
+
+template <class T>
+static Kernels<T> table(Isa isa) {
+  return {isa,
+          Vec<T>::kLanes,
+          GemmShape<T>::kPanelVectors,
+          GemmShape<T>::rows(GemmShape<T>::kPanelVectors),
+          gemm<T>,
+          depthwise_conv2d<T>,
+          scale_shift_act<T>,
+          scale_shift_act_plane<T>,
+          add_act<T>,
+          sum_rows<T>,
+          sum_plane<T>};
+}
+
+}  // namespace MF_ISA
+}  // namespace mobilenet_fast

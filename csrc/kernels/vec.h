@@ -1,0 +1,266 @@
+// The vector functions that all kernels are written on: one specialisation of Vec<float> and Vec<double> per instruction
+// set. Included inside the target region of one instruction-set file (see avx512.cpp), which defines MF_ISA (the
+// namespace) and one of MF_AVX512, MF_AVX2, MF_NEON or MF_SCALAR, and has included the intrinsics before.
+//
+// Contracts, for every set:
+//   load / store       kLanes consecutive elements, no alignment needed.
+//   load_n / store_n   the first n (1..kLanes) elements; lanes past n load as zero and are not touched in memory.
+//   fma(a, b, c)       a * b + c, fused where the set has it.
+//   max(a, b), min     return b when either operand is NaN, so a NaN passes through when it is the second operand.
+//   round              to the nearest integer, ties to even.
+//   scale2(x, n)       x * 2^n for integral n, |n| <= 250 (float) or 2000 (double), with overflow to Inf and gradual
+//                      underflow.
+// kMaskIsFree says that load_n and store_n cost no more than load and store.
+#pragma once
+
+namespace mobilenet_fast {
+namespace MF_ISA {
+namespace {
+
+template <class T>
+struct Vec;
+
+#if defined(MF_AVX512)
+
+template <>
+struct Vec<float> {
+  using Reg = __m512;
+  static constexpr int kLanes = 16, kRegisters = 32;
+  static constexpr bool kMaskIsFree = true;
+  static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static Reg load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+  static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static void store_n(float* p, Reg v, int n) { _mm512_mask_storeu_ps(p, mask(n), v); }
+  static Reg set1(float x) { return _mm512_set1_ps(x); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg scale2(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
+  static float sum(Reg a) { return _mm512_reduce_add_ps(a); }
+};
+
+template <>
+struct Vec<double> {
+  using Reg = __m512d;
+  static constexpr int kLanes = 8, kRegisters = 32;
+  static constexpr bool kMaskIsFree = true;
+  static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+  static Reg load(const double* p) { return _mm512_loadu_pd(p); }
+  static Reg load_n(const double* p, int n) { return _mm512_maskz_loadu_pd(mask(n), p); }
+  static void store(double* p, Reg v) { _mm512_storeu_pd(p, v); }
+  static void store_n(double* p, Reg v, int n) { _mm512_mask_storeu_pd(p, mask(n), v); }
+  static Reg set1(double x) { return _mm512_set1_pd(x); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_pd(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
+  static Reg round(Reg a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg scale2(Reg a, Reg n) { return _mm512_scalef_pd(a, n); }
+  static double sum(Reg a) { return _mm512_reduce_add_pd(a); }
+};
+
+#elif defined(MF_AVX2)
+
+template <>
+struct Vec<float> {
+  using Reg = __m256;
+  static constexpr int kLanes = 8, kRegisters = 16;
+  static constexpr bool kMaskIsFree = false;
+  static __m256i mask(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static Reg load_n(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
+  static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+  static void store_n(float* p, Reg v, int n) { _mm256_maskstore_ps(p, mask(n), v); }
+  static Reg set1(float x) { return _mm256_set1_ps(x); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg power2(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
+  static Reg scale2(Reg a, Reg n) {  // in two steps, since 2^n alone may leave the range of normal numbers
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    return mul(mul(a, power2(half)), power2(_mm256_sub_epi32(whole, half)));
+  }
+  static float sum(Reg a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+};
+
+template <>
+struct Vec<double> {
+  using Reg = __m256d;
+  static constexpr int kLanes = 4, kRegisters = 16;
+  static constexpr bool kMaskIsFree = false;
+  static __m256i mask(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+  static Reg load(const double* p) { return _mm256_loadu_pd(p); }
+  static Reg load_n(const double* p, int n) { return _mm256_maskload_pd(p, mask(n)); }
+  static void store(double* p, Reg v) { _mm256_storeu_pd(p, v); }
+  static void store_n(double* p, Reg v, int n) { _mm256_maskstore_pd(p, mask(n), v); }
+  static Reg set1(double x) { return _mm256_set1_pd(x); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_pd(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
+  static Reg round(Reg a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg power2(__m128i n) {
+    const __m256i wide = _mm256_cvtepi32_epi64(n);
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(wide, _mm256_set1_epi64x(1023)), 52));
+  }
+  static Reg scale2(Reg a, Reg n) {
+    const __m128i whole = _mm256_cvtpd_epi32(n), half = _mm_srai_epi32(whole, 1);
+    return mul(mul(a, power2(half)), power2(_mm_sub_epi32(whole, half)));
+  }
+  static double sum(Reg a) {
+    const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
+};
+
+#elif defined(MF_NEON)
+
+template <>
+struct Vec<float> {
+  using Reg = float32x4_t;
+  static constexpr int kLanes = 4, kRegisters = 32;
+  static constexpr bool kMaskIsFree = false;
+  static Reg load(const float* p) { return vld1q_f32(p); }
+  static Reg load_n(const float* p, int n) {
+    float lanes[4] = {p[0], n > 1 ? p[1] : 0.0f, n > 2 ? p[2] : 0.0f, n > 3 ? p[3] : 0.0f};
+    return vld1q_f32(lanes);
+  }
+  static void store(float* p, Reg v) { vst1q_f32(p, v); }
+  static void store_n(float* p, Reg v, int n) {
+    float lanes[4];
+    vst1q_f32(lanes, v);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  static Reg set1(float x) { return vdupq_n_f32(x); }
+  static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
+  static Reg sub(Reg a, Reg b) { return vsubq_f32(a, b); }
+  static Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
+  static Reg div(Reg a, Reg b) { return vdivq_f32(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
+  static Reg max(Reg a, Reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static Reg min(Reg a, Reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+  static Reg round(Reg a) { return vrndnq_f32(a); }
+  static Reg power2(int32x4_t n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
+  }
+  static Reg scale2(Reg a, Reg n) {
+    const int32x4_t whole = vcvtnq_s32_f32(n), half = vshrq_n_s32(whole, 1);
+    return mul(mul(a, power2(half)), power2(vsubq_s32(whole, half)));
+  }
+  static float sum(Reg a) { return vaddvq_f32(a); }
+};
+
+template <>
+struct Vec<double> {
+  using Reg = float64x2_t;
+  static constexpr int kLanes = 2, kRegisters = 32;
+  static constexpr bool kMaskIsFree = false;
+  static Reg load(const double* p) { return vld1q_f64(p); }
+  static Reg load_n(const double* p, int n) {
+    double lanes[2] = {p[0], n > 1 ? p[1] : 0.0};
+    return vld1q_f64(lanes);
+  }
+  static void store(double* p, Reg v) { vst1q_f64(p, v); }
+  static void store_n(double* p, Reg v, int n) {
+    double lanes[2];
+    vst1q_f64(lanes, v);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  static Reg set1(double x) { return vdupq_n_f64(x); }
+  static Reg add(Reg a, Reg b) { return vaddq_f64(a, b); }
+  static Reg sub(Reg a, Reg b) { return vsubq_f64(a, b); }
+  static Reg mul(Reg a, Reg b) { return vmulq_f64(a, b); }
+  static Reg div(Reg a, Reg b) { return vdivq_f64(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f64(c, a, b); }
+  static Reg max(Reg a, Reg b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
+  static Reg min(Reg a, Reg b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
+  static Reg round(Reg a) { return vrndnq_f64(a); }
+  static Reg power2(int64x2_t n) {
+    return vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(n, vdupq_n_s64(1023)), 52));
+  }
+  static Reg scale2(Reg a, Reg n) {
+    const int64x2_t whole = vcvtnq_s64_f64(n), half = vshrq_n_s64(whole, 1);
+    return mul(mul(a, power2(half)), power2(vsubq_s64(whole, half)));
+  }
+  static double sum(Reg a) { return vaddvq_f64(a); }
+};
+
+#else
+
+template <class T>
+struct ScalarVec {
+  using Reg = T;
+  static constexpr int kLanes = 1, kRegisters = 16;
+  static constexpr bool kMaskIsFree = true;
+  static Reg load(const T* p) { return *p; }
+  static Reg load_n(const T* p, int) { return *p; }
+  static void store(T* p, Reg v) { *p = v; }
+  static void store_n(T* p, Reg v, int) { *p = v; }
+  static Reg set1(T x) { return x; }
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg sub(Reg a, Reg b) { return a - b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  static Reg round(Reg a) { return __builtin_nearbyint(a); }
+  static Reg scale2(Reg a, Reg n) { return n == n ? static_cast<T>(__builtin_ldexp(a, static_cast<int>(n))) : n; }
+  static T sum(Reg a) { return a; }
+};
+
+template <>
+struct Vec<float> : ScalarVec<float> {};
+template <>
+struct Vec<double> : ScalarVec<double> {};
+
+#endif
+
+// A vector of which only the first n lanes count: n == kLanes for the body, fewer for the last vector of a row. kTail
+// false promises n == kLanes, so that sets where masks cost something use plain loads and stores.
+template <class T, bool kTail>
+inline typename Vec<T>::Reg load(const T* p, int n) {
+  if constexpr (kTail) {
+    return Vec<T>::load_n(p, n);
+  } else {
+    return Vec<T>::load(p);
+  }
+}
+
+template <class T, bool kTail>
+inline void store(T* p, typename Vec<T>::Reg v, int n) {
+  if constexpr (kTail) {
+    Vec<T>::store_n(p, v, n);
+  } else {
+    Vec<T>::store(p, v);
+  }
+}
+
+}  // namespace
+}  // namespace MF_ISA
+}  // namespace mobilenet_fast

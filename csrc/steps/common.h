@@ -1,0 +1,122 @@
+// What the steps share: checks with one voice, packed weights, views of tensors as buffers.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <string>
+#include <tuple>
+
+#include "engine/step.h"
+#include "kernels/registry.h"
+
+namespace mobilenet_fast {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+Activation parse_activation(const char* operation, const std::string& name);
+// The instruction set asked for by name, or the current one.
+Isa choose_isa(const char* operation, const std::optional<std::string>& name);
+
+// Raises TypeError unless `tensor` is a strided CPU tensor of `dtype`, ValueError unless it has `dim` dimensions.
+void check_tensor(const char* operation, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t dim);
+void check_input(const char* operation, const at::Tensor& input);
+// A vector of `size` elements of `dtype`, where given.
+void check_vector(const char* operation, const char* name, const OptionalTensor& tensor, at::ScalarType dtype,
+                  int64_t size);
+std::string shape_string(at::IntArrayRef sizes);
+
+// The format that F.conv2d gives its output.
+at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
+// The output of an operator that computes in N × H × W × C order: `dense` is what it writes, finish() gives the tensor in the
+// format asked for.
+class Output {
+ public:
+  Output(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format);
+  const at::Tensor& dense() const { return dense_; }
+  at::Tensor finish();
+
+ private:
+  at::Tensor result_, dense_;
+};
+
+// `input` dense in N × H × W × C order: itself where it is so already.
+at::Tensor as_channels_last(const at::Tensor& input);
+inline Buffer buffer_of(const at::Tensor& tensor) { return Buffer{tensor.data_ptr(), {0, 0, 0, 0}}; }
+Buffer buffer_with_strides(const at::Tensor& tensor);
+
+// Calls body(T{}) for float or double.
+template <class Body>
+auto dispatch(at::ScalarType dtype, const Body& body) {
+  return dtype == at::kDouble ? body(double{}) : body(float{});
+}
+
+template <class T>
+constexpr at::ScalarType scalar_type() {
+  return std::is_same_v<T, double> ? at::kDouble : at::kFloat;
+}
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// A convolution's weight and bias as the GEMM kernel reads them (see GemmArgs): the bias padded to whole vectors, then the
+// panels. `weight` is (K, C, kH, kW); the depth runs over kH, kW, C. One layout serves every input shape.
+at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, Isa isa);
+// A depthwise convolution's: the bias, then the taps, each padded to whole vectors. `weight` is (C, 1, kH, kW).
+at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, Isa isa);
+
+// Batch norm as a scale and a shift, (2, C), folded in float64.
+at::Tensor fold_batch_norm(const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
+                           const OptionalTensor& bias, double eps);
+
+struct Window {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+};
+
+struct ImageShape {  // N × H × W × C
+  int64_t n, h, w, c;
+  int64_t pixels() const { return h * w; }
+};
+
+// The steps. Buffers are indices into Work::buffers, -1 for none; all are dense N × H × W × C unless said otherwise.
+
+// y = activation(conv1x1(x · gate) + residual); `gate` is (N, C).
+std::unique_ptr<Step> make_pointwise_conv2d(Isa isa, ImageShape x_shape, int64_t out_channels, const at::Tensor& packed,
+                                            Activation activation, int x, int y, int gate, int residual);
+// A dense convolution. Reads any strides of x, which must be set in its buffer.
+std::unique_ptr<Step> make_conv2d(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed,
+                                  Window window, Activation activation, int x, int y, int residual);
+// `sums`, where given, is (N, depthwise_sum_parts(y_shape), C): sums of the outputs over strips of rows.
+std::unique_ptr<Step> make_depthwise_conv2d(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed,
+                                            Window window, Activation activation, int x, int y, int sums);
+int64_t depthwise_sum_parts(int64_t out_height);
+// gate = gate_activation(fc2(squeeze_activation(fc1(mean of x)))), (N, C). The mean is taken from `sums`, (N, parts, C),
+// where sums >= 0, and else from x.
+std::unique_ptr<Step> make_squeeze_excite(Isa isa, ImageShape x_shape, int64_t squeeze_channels,
+                                          const at::Tensor& packed1, const at::Tensor& packed2,
+                                          Activation squeeze_activation, Activation gate_activation, int x, int sums,
+                                          int64_t parts, int gate);
+// y = activation(x · scale + shift). Scale and shift are the rows of `folded`, (2, C), where given; else the scale is the
+// value `gate`, (N, C), where >= 0; what is missing is 1 and 0.
+std::unique_ptr<Step> make_scale_shift_act(Isa isa, at::ScalarType dtype, ImageShape shape, const OptionalTensor& folded,
+                                           int gate, Activation activation, int x, int y);
+// y = activation(a + b), elementwise.
+std::unique_ptr<Step> make_add_act(Isa isa, at::ScalarType dtype, int64_t elements, Activation activation, int a, int b,
+                                   int y);
+// y = mean of x over H and W, (N, C); sums as for make_squeeze_excite.
+std::unique_ptr<Step> make_global_avg_pool(Isa isa, at::ScalarType dtype, ImageShape x_shape, int x, int sums,
+                                           int64_t parts, int y);
+
+// The eager operators, as bound to Python and registered with torch.library.
+at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                            const std::string& activation, const std::optional<std::string>& isa);
+at::Tensor pointwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                            const std::string& activation, const OptionalTensor& gate, const OptionalTensor& residual,
+                            const std::optional<std::string>& isa);
+at::Tensor batch_norm_act(const at::Tensor& input, const at::Tensor& running_mean, const at::Tensor& running_var,
+                          const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                          const std::string& activation, const std::optional<std::string>& isa);
+at::Tensor squeeze_excite(const at::Tensor& input, const at::Tensor& weight1, const OptionalTensor& bias1,
+                          const at::Tensor& weight2, const OptionalTensor& bias2, const std::string& squeeze_activation,
+                          const std::string& gate_activation, const std::optional<std::string>& isa);
+
+}  // namespace mobilenet_fast

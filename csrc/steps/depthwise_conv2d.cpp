@@ -1,0 +1,146 @@
+#include "steps/common.h"
+
+namespace mobilenet_fast {
+
+// Sums of the outputs are kept per strip of about four rows, whoever computes them, so that they do not depend on the
+// number of threads.
+constexpr int64_t kStripRows = 4;
+int64_t depthwise_sum_parts(int64_t out_height) { return (out_height + kStripRows - 1) / kStripRows; }
+
+namespace {
+
+template <class T>
+class DepthwiseConv2d final : public Step {
+ public:
+  DepthwiseConv2d(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed, Window window,
+                  Activation activation, int x, int y, int sums)
+      : kernels_(kernels<T>(isa)),
+        x_shape_(x_shape),
+        y_shape_(y_shape),
+        packed_(packed),
+        window_(window),
+        activation_(activation),
+        x_(x),
+        y_(y),
+        sums_(sums) {}
+
+  void run(const Work& work) const override {
+    const int64_t channels = y_shape_.c, lanes = kernels_.lanes;
+    const int64_t vectors = (channels + lanes - 1) / lanes;
+    const int64_t strips = sums_ < 0 ? y_shape_.h : depthwise_sum_parts(y_shape_.h);
+    Range unit_range, vector_range;
+    work.team.share(y_shape_.n * strips, vectors, &unit_range, &vector_range);
+    if (unit_range.size() == 0 || vector_range.size() == 0) return;
+
+    const int64_t channel = vector_range.begin * lanes;
+    const int64_t padded = vectors * lanes;
+    DepthwiseArgs<T> args{};
+    args.x_pixel_stride = x_shape_.c;
+    args.x_row_stride = x_shape_.w * x_shape_.c;
+    args.height = x_shape_.h;
+    args.width = x_shape_.w;
+    args.bias = packed_.const_data_ptr<T>() + channel;
+    args.weight = args.bias + padded;
+    args.tap_stride = padded;
+    args.y_pixel_stride = channels;
+    args.y_row_stride = y_shape_.w * channels;
+    args.out_width = y_shape_.w;
+    args.channels = std::min(vector_range.end * lanes, channels) - channel;
+    args.kernel_h = window_.kernel_h;
+    args.kernel_w = window_.kernel_w;
+    args.stride_h = window_.stride_h;
+    args.stride_w = window_.stride_w;
+    args.pad_top = window_.pad_top;
+    args.pad_left = window_.pad_left;
+    args.dilation_h = window_.dilation_h;
+    args.dilation_w = window_.dilation_w;
+    args.activation = activation_;
+    const T* x = work.buffer<T>(x_) + channel;
+    T* y = work.buffer<T>(y_) + channel;
+    T* sums = work.buffer<T>(sums_);
+    for (int64_t unit = unit_range.begin; unit < unit_range.end;) {
+      const int64_t image = unit / strips, strip = unit % strips;
+      // Without sums a run of strips of one image is one call.
+      const int64_t last = sums == nullptr ? std::min(unit_range.end - image * strips, strips) : strip + 1;
+      args.x = x + image * x_shape_.pixels() * x_shape_.c;
+      args.y = y + image * y_shape_.pixels() * channels;
+      args.row_begin = y_shape_.h * strip / strips;
+      args.row_end = y_shape_.h * last / strips;
+      if (sums != nullptr) {
+        args.sums = sums + unit * channels + channel;
+        std::fill_n(args.sums, args.channels, T(0));
+      }
+      kernels_.depthwise_conv2d(args);
+      unit += last - strip;
+    }
+  }
+
+  std::string describe() const override {
+    return "depthwise " + std::to_string(window_.kernel_h) + "×" + std::to_string(window_.kernel_w) + " stride " +
+           std::to_string(window_.stride_h) + (sums_ < 0 ? "" : ", sums for squeeze-excite");
+  }
+
+ private:
+  const Kernels<T>& kernels_;
+  ImageShape x_shape_, y_shape_;
+  at::Tensor packed_;
+  Window window_;
+  Activation activation_;
+  int x_, y_, sums_;
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_depthwise_conv2d(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed,
+                                            Window window, Activation activation, int x, int y, int sums) {
+  return dispatch(packed.scalar_type(), [&](auto zero) -> std::unique_ptr<Step> {
+    return std::make_unique<DepthwiseConv2d<decltype(zero)>>(isa, x_shape, y_shape, packed, window, activation, x, y,
+                                                             sums);
+  });
+}
+
+at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                            const std::string& activation, const std::optional<std::string>& isa) {
+  constexpr const char* kName = "depthwise_conv2d";
+  const Activation act = parse_activation(kName, activation);
+  const Isa chosen = choose_isa(kName, isa);
+  check_input(kName, input);
+  const auto dtype = input.scalar_type();
+  const int64_t n = input.size(0), c = input.size(1), h = input.size(2), w = input.size(3);
+  check_tensor(kName, "weight", weight, dtype, 4);
+  const int64_t k = weight.size(0);
+  TORCH_CHECK_VALUE(weight.size(1) == 1 && k > 0 && k % c == 0, kName, ": weight must be (C, 1, kH, kW) with C=", c,
+                    " (or a multiple), got ", shape_string(weight.sizes()));
+  TORCH_CHECK_VALUE(weight.size(2) > 0 && weight.size(3) > 0, kName, ": weight must have kH and kW of at least 1, got ",
+                    shape_string(weight.sizes()));
+  check_vector(kName, "bias", bias, dtype, k);
+  const auto pair = [&](const char* name, at::IntArrayRef values, int64_t least) {
+    TORCH_CHECK_VALUE(values.size() == 1 || values.size() == 2, kName, ": ", name, " must be one number or two, got ",
+                      values.size());
+    const std::pair<int64_t, int64_t> both{values[0], values.back()};
+    TORCH_CHECK_VALUE(both.first >= least && both.second >= least, kName, ": ", name, " must be at least ", least,
+                      ", got ", shape_string(values));
+    return both;
+  };
+  const auto [stride_h, stride_w] = pair("stride", stride, 1);
+  const auto [pad_h, pad_w] = pair("padding", padding, 0);
+  const auto [dilation_h, dilation_w] = pair("dilation", dilation, 1);
+  const int64_t reach_h = dilation_h * (weight.size(2) - 1) + 1, reach_w = dilation_w * (weight.size(3) - 1) + 1;
+  TORCH_CHECK_VALUE(reach_h <= h + 2 * pad_h && reach_w <= w + 2 * pad_w, kName,
+                    ": the dilated kernel must fit into the padded input ",
+                    shape_string({h + 2 * pad_h, w + 2 * pad_w}), ", got ", shape_string({reach_h, reach_w}));
+  const int64_t out_h = (h + 2 * pad_h - reach_h) / stride_h + 1, out_w = (w + 2 * pad_w - reach_w) / stride_w + 1;
+
+  Output y({n, k, out_h, out_w}, input.options(), conv_memory_format(input, weight));
+  // A channel multiplier repeats each input channel, so that input and output channels correspond.
+  const at::Tensor x = as_channels_last(k == c ? input : input.repeat_interleave(k / c, 1));
+  const at::Tensor packed = pack_depthwise_conv2d(weight, bias, chosen);
+  const Window window{weight.size(2), weight.size(3), stride_h,   stride_w,
+                      pad_h,          pad_w,          dilation_h, dilation_w};
+  run_step(*make_depthwise_conv2d(chosen, {n, h, w, k}, {n, out_h, out_w, k}, packed, window, act, 0, 1, -1),
+           {buffer_of(x), buffer_of(y.dense())});
+  return y.finish();
+}
+
+}  // namespace mobilenet_fast

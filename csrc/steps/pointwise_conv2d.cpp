@@ -1,0 +1,157 @@
+#include "steps/common.h"
+
+namespace mobilenet_fast {
+namespace {
+
+// Inputs and outputs of the rows that pass all panels of weights together: half of a small L2 cache, beside the panels.
+constexpr int64_t kBlockBytes = 256 * 1024;
+
+template <class T>
+class PointwiseConv2d final : public Step {
+ public:
+  PointwiseConv2d(Isa isa, ImageShape x_shape, int64_t out_channels, const at::Tensor& packed, Activation activation,
+                  int x, int y, int gate, int residual)
+      : kernels_(kernels<T>(isa)),
+        shape_(x_shape),
+        columns_(out_channels),
+        packed_(packed),
+        activation_(activation),
+        x_(x),
+        y_(y),
+        gate_(gate),
+        residual_(residual) {
+    vectors_ = (columns_ + kernels_.lanes - 1) / kernels_.lanes;
+    panels_ = panel_count(vectors_, kernels_.panel_vectors);
+    const int64_t row_bytes = static_cast<int64_t>(sizeof(T)) * (shape_.c + columns_);
+    rows_per_block_ = std::max<int64_t>(kernels_.panel_rows, kBlockBytes / row_bytes);
+  }
+
+  void run(const Work& work) const override {
+    const int64_t rows = shape_.n * shape_.pixels();
+    // Rows are dealt in the micro-kernel's own number, panels whole.
+    const int64_t units = (rows + kernels_.panel_rows - 1) / kernels_.panel_rows;
+    Range unit_range, panel_range;
+    work.team.share(units, panels_, &unit_range, &panel_range);
+    const Range row_range = {rows * unit_range.begin / units, rows * unit_range.end / units};
+    if (rows == 0 || row_range.size() == 0 || panel_range.size() == 0) return;
+
+    const int64_t offset = 0;
+    GemmArgs<T> args{};
+    args.a_stride = shape_.c;
+    args.chunk_offset = &offset;
+    args.chunks = 1;
+    args.chunk_length = shape_.c;
+    args.bias = packed_.const_data_ptr<T>();
+    args.weight = args.bias + vectors_ * kernels_.lanes;
+    args.columns = columns_;
+    args.panel_begin = panel_range.begin;
+    args.panel_end = panel_range.end;
+    args.residual_stride = args.out_stride = columns_;
+    args.activation = activation_;
+    args.rows_per_block = rows_per_block_;
+    const T* x = work.buffer<T>(x_);
+    const T* residual = work.buffer<T>(residual_);
+    T* y = work.buffer<T>(y_);
+    if (gate_ < 0) {
+      args.a = x + row_range.begin * shape_.c;
+      args.residual = residual == nullptr ? nullptr : residual + row_range.begin * columns_;
+      args.out = y + row_range.begin * columns_;
+      args.rows = row_range.size();
+      kernels_.gemm(args);
+      return;
+    }
+    // With a gate the block's inputs are multiplied by it on their way into scratch memory, from where the panels read.
+    const T* gate = work.buffer<T>(gate_);
+    T* gated = reinterpret_cast<T*>(work.thread_scratch);
+    for (int64_t row = row_range.begin; row < row_range.end; row += rows_per_block_) {
+      const int64_t end = std::min(row + rows_per_block_, row_range.end);
+      for (int64_t first = row; first < end;) {
+        const int64_t image = first / shape_.pixels();
+        const int64_t last = std::min(end, (image + 1) * shape_.pixels());
+        kernels_.scale_shift_act({x + first * shape_.c, shape_.c, gated + (first - row) * shape_.c, shape_.c,
+                                  last - first, shape_.c, gate + image * shape_.c, nullptr, Activation::kNone});
+        first = last;
+      }
+      args.a = gated;
+      args.residual = residual == nullptr ? nullptr : residual + row * columns_;
+      args.out = y + row * columns_;
+      args.rows = end - row;
+      kernels_.gemm(args);
+    }
+  }
+
+  size_t thread_scratch_bytes() const override {
+    const int64_t rows = std::min(rows_per_block_, shape_.n * shape_.pixels());
+    return gate_ < 0 ? 0 : static_cast<size_t>(rows * shape_.c) * sizeof(T);
+  }
+
+  std::string describe() const override {
+    return "gemm " + std::to_string(shape_.n * shape_.pixels()) + "×" + std::to_string(shape_.c) + "×" +
+           std::to_string(columns_) + ", " + std::to_string(panels_) + " panels";
+  }
+
+ private:
+  const Kernels<T>& kernels_;
+  ImageShape shape_;
+  int64_t columns_, vectors_, panels_, rows_per_block_;
+  at::Tensor packed_;
+  Activation activation_;
+  int x_, y_, gate_, residual_;
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_pointwise_conv2d(Isa isa, ImageShape x_shape, int64_t out_channels, const at::Tensor& packed,
+                                            Activation activation, int x, int y, int gate, int residual) {
+  return dispatch(packed.scalar_type(), [&](auto zero) -> std::unique_ptr<Step> {
+    return std::make_unique<PointwiseConv2d<decltype(zero)>>(isa, x_shape, out_channels, packed, activation, x, y, gate,
+                                                             residual);
+  });
+}
+
+at::Tensor pointwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                            const std::string& activation, const OptionalTensor& gate, const OptionalTensor& residual,
+                            const std::optional<std::string>& isa) {
+  constexpr const char* kName = "pointwise_conv2d";
+  const Activation act = parse_activation(kName, activation);
+  const Isa chosen = choose_isa(kName, isa);
+  check_input(kName, input);
+  const auto dtype = input.scalar_type();
+  const int64_t n = input.size(0), c = input.size(1), h = input.size(2), w = input.size(3);
+  check_tensor(kName, "weight", weight, dtype, 4);
+  const int64_t k = weight.size(0);
+  TORCH_CHECK_VALUE(k > 0 && weight.size(1) == c && weight.size(2) == 1 && weight.size(3) == 1, kName,
+                    ": weight must be (K, C, 1, 1) with C=", c, ", got ", shape_string(weight.sizes()));
+  check_vector(kName, "bias", bias, dtype, k);
+  if (gate.has_value()) {
+    check_tensor(kName, "gate", *gate, dtype, 4);
+    TORCH_CHECK_VALUE(gate->sizes() == at::IntArrayRef({n, c, 1, 1}), kName, ": gate must be (N, C, 1, 1) = ",
+                      shape_string({n, c, 1, 1}), ", got ", shape_string(gate->sizes()));
+  }
+  if (residual.has_value()) {
+    check_tensor(kName, "residual", *residual, dtype, 4);
+    TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef({n, k, h, w}), kName, ": residual must be (N, K, H, W) = ",
+                      shape_string({n, k, h, w}), ", got ", shape_string(residual->sizes()));
+  }
+
+  Output y({n, k, h, w}, input.options(), conv_memory_format(input, weight));
+  const at::Tensor x = as_channels_last(input);
+  const at::Tensor packed = pack_conv2d(weight, bias, chosen);
+  std::vector<Buffer> buffers = {buffer_of(x), buffer_of(y.dense())};
+  at::Tensor gate_dense, residual_dense;
+  int gate_index = -1, residual_index = -1;
+  if (gate.has_value()) {
+    gate_dense = gate->contiguous();
+    gate_index = static_cast<int>(buffers.size());
+    buffers.push_back(buffer_of(gate_dense));
+  }
+  if (residual.has_value()) {
+    residual_dense = as_channels_last(*residual);
+    residual_index = static_cast<int>(buffers.size());
+    buffers.push_back(buffer_of(residual_dense));
+  }
+  run_step(*make_pointwise_conv2d(chosen, {n, h, w, c}, k, packed, act, 0, 1, gate_index, residual_index), buffers);
+  return y.finish();
+}
+
+}  // namespace mobilenet_fast

@@ -1,0 +1,221 @@
+#include "steps/common.h"
+
+namespace mobilenet_fast {
+namespace {
+
+// Writes the means over H and W of this thread's share of the (image, channel) pairs: from sums already gathered, (N,
+// parts, C), where given, else from the N × H × W × C tensor x.
+template <class T>
+void channel_means(const Kernels<T>& kernels, const Team& team, ImageShape shape, const T* x, const T* sums,
+                   int64_t parts, T* means) {
+  const int64_t vectors = (shape.c + kernels.lanes - 1) / kernels.lanes;
+  Range images, range;
+  team.share(shape.n, vectors, &images, &range);
+  const int64_t channel = range.begin * kernels.lanes;
+  const int64_t channels = std::min(range.end * kernels.lanes, shape.c) - channel;
+  if (channels <= 0) return;
+  const T scale = T(1) / static_cast<T>(shape.pixels());
+  for (int64_t image = images.begin; image < images.end; ++image) {
+    T* mean = means + image * shape.c + channel;
+    if (sums != nullptr) {
+      kernels.sum_rows(sums + image * parts * shape.c + channel, shape.c, parts, channels, mean);
+    } else {
+      kernels.sum_rows(x + image * shape.pixels() * shape.c + channel, shape.c, shape.pixels(), channels, mean);
+    }
+    for (int64_t c = 0; c < channels; ++c) mean[c] *= scale;
+  }
+}
+
+// One row an image through a fully connected layer, this thread's panels of it.
+template <class T>
+void fully_connected(const Kernels<T>& kernels, const Team& team, const T* x, int64_t images, int64_t channels,
+                     const at::Tensor& packed, int64_t out_channels, Activation activation, T* y) {
+  const int64_t vectors = (out_channels + kernels.lanes - 1) / kernels.lanes;
+  const Range panels = team.share(panel_count(vectors, kernels.panel_vectors));
+  if (images == 0 || panels.size() == 0) return;
+  const int64_t offset = 0;
+  const T* bias = packed.const_data_ptr<T>();
+  kernels.gemm({x, channels, images, &offset, 1, channels, bias + vectors * kernels.lanes, bias, out_channels,
+                panels.begin, panels.end, nullptr, 0, y, out_channels, images, activation});
+}
+
+template <class T>
+class SqueezeExcite final : public Step {
+ public:
+  SqueezeExcite(Isa isa, ImageShape x_shape, int64_t squeeze_channels, const at::Tensor& packed1,
+                const at::Tensor& packed2, Activation squeeze_activation, Activation gate_activation, int x, int sums,
+                int64_t parts, int gate)
+      : kernels_(kernels<T>(isa)),
+        shape_(x_shape),
+        squeeze_channels_(squeeze_channels),
+        parts_(parts),
+        packed1_(packed1),
+        packed2_(packed2),
+        squeeze_activation_(squeeze_activation),
+        gate_activation_(gate_activation),
+        x_(x),
+        sums_(sums),
+        gate_(gate) {}
+
+  void run(const Work& work) const override {
+    T* means = reinterpret_cast<T*>(work.shared_scratch);
+    T* squeezed = means + shape_.n * shape_.c;
+    channel_means(kernels_, work.team, shape_, work.buffer<T>(x_), work.buffer<T>(sums_), parts_, means);
+    work.team.sync();
+    fully_connected(kernels_, work.team, means, shape_.n, shape_.c, packed1_, squeeze_channels_, squeeze_activation_,
+                    squeezed);
+    work.team.sync();
+    fully_connected(kernels_, work.team, squeezed, shape_.n, squeeze_channels_, packed2_, shape_.c, gate_activation_,
+                    work.buffer<T>(gate_));
+  }
+
+  size_t shared_scratch_bytes() const override {
+    return static_cast<size_t>(shape_.n * (shape_.c + squeeze_channels_)) * sizeof(T);
+  }
+
+  std::string describe() const override {
+    return "gate from " + std::string(sums_ < 0 ? "its own pass" : "the sums of the step before");
+  }
+
+ private:
+  const Kernels<T>& kernels_;
+  ImageShape shape_;
+  int64_t squeeze_channels_, parts_;
+  at::Tensor packed1_, packed2_;
+  Activation squeeze_activation_, gate_activation_;
+  int x_, sums_, gate_;
+};
+
+template <class T>
+class GlobalAvgPool final : public Step {
+ public:
+  GlobalAvgPool(Isa isa, ImageShape x_shape, int x, int sums, int64_t parts, int y)
+      : kernels_(kernels<T>(isa)), shape_(x_shape), parts_(parts), x_(x), sums_(sums), y_(y) {}
+
+  void run(const Work& work) const override {
+    channel_means(kernels_, work.team, shape_, work.buffer<T>(x_), work.buffer<T>(sums_), parts_, work.buffer<T>(y_));
+  }
+
+  std::string describe() const override {
+    return "mean from " + std::string(sums_ < 0 ? "its own pass" : "the sums of the step before");
+  }
+
+ private:
+  const Kernels<T>& kernels_;
+  ImageShape shape_;
+  int64_t parts_;
+  int x_, sums_, y_;
+};
+
+// The whole operator on a contiguous (N, C, H, W) tensor: means, gate and product by planes.
+template <class T>
+class SqueezeExcitePlanes final : public Step {
+ public:
+  SqueezeExcitePlanes(Isa isa, ImageShape shape, std::unique_ptr<Step> gate)
+      : kernels_(kernels<T>(isa)), shape_(shape), gate_(std::move(gate)) {}
+
+  void run(const Work& work) const override {
+    const int64_t planes = shape_.n * shape_.c, pixels = shape_.pixels();
+    const T* x = work.buffer<T>(0);
+    T *y = work.buffer<T>(1), *gate = work.buffer<T>(2), *sums = work.buffer<T>(3);
+    const Range range = work.team.share(planes);
+    for (int64_t p = range.begin; p < range.end; ++p) sums[p] = kernels_.sum_plane(x + p * pixels, pixels);
+    work.team.sync();
+    gate_->run(work);
+    work.team.sync();
+    for (int64_t p = range.begin; p < range.end; ++p) {
+      kernels_.scale_shift_act_plane(x + p * pixels, y + p * pixels, pixels, gate[p], T(-0.0), Activation::kNone);
+    }
+  }
+
+  size_t shared_scratch_bytes() const override { return gate_->shared_scratch_bytes(); }
+  std::string describe() const override { return "by planes"; }
+
+ private:
+  const Kernels<T>& kernels_;
+  ImageShape shape_;
+  std::unique_ptr<Step> gate_;
+};
+
+// Two steps one after another, in one region of threads.
+class Pair final : public Step {
+ public:
+  Pair(std::unique_ptr<Step> first, std::unique_ptr<Step> second)
+      : first_(std::move(first)), second_(std::move(second)) {}
+
+  void run(const Work& work) const override {
+    first_->run(work);
+    work.team.sync();
+    second_->run(work);
+  }
+
+  size_t shared_scratch_bytes() const override { return first_->shared_scratch_bytes(); }
+  std::string describe() const override { return first_->describe() + ", " + second_->describe(); }
+
+ private:
+  std::unique_ptr<Step> first_, second_;
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_squeeze_excite(Isa isa, ImageShape x_shape, int64_t squeeze_channels,
+                                          const at::Tensor& packed1, const at::Tensor& packed2,
+                                          Activation squeeze_activation, Activation gate_activation, int x, int sums,
+                                          int64_t parts, int gate) {
+  return dispatch(packed1.scalar_type(), [&](auto zero) -> std::unique_ptr<Step> {
+    return std::make_unique<SqueezeExcite<decltype(zero)>>(isa, x_shape, squeeze_channels, packed1, packed2,
+                                                           squeeze_activation, gate_activation, x, sums, parts, gate);
+  });
+}
+
+std::unique_ptr<Step> make_global_avg_pool(Isa isa, at::ScalarType dtype, ImageShape x_shape, int x, int sums,
+                                           int64_t parts, int y) {
+  return dispatch(dtype, [&](auto zero) -> std::unique_ptr<Step> {
+    return std::make_unique<GlobalAvgPool<decltype(zero)>>(isa, x_shape, x, sums, parts, y);
+  });
+}
+
+at::Tensor squeeze_excite(const at::Tensor& input, const at::Tensor& weight1, const OptionalTensor& bias1,
+                          const at::Tensor& weight2, const OptionalTensor& bias2, const std::string& squeeze_activation,
+                          const std::string& gate_activation, const std::optional<std::string>& isa) {
+  constexpr const char* kName = "squeeze_excite";
+  const Activation squeeze_act = parse_activation(kName, squeeze_activation);
+  const Activation gate_act = parse_activation(kName, gate_activation);
+  const Isa chosen = choose_isa(kName, isa);
+  check_input(kName, input);
+  const auto dtype = input.scalar_type();
+  const int64_t c = input.size(1);
+  check_tensor(kName, "weight1", weight1, dtype, 4);
+  const int64_t s = weight1.size(0);
+  TORCH_CHECK_VALUE(s > 0 && weight1.sizes() == at::IntArrayRef({s, c, 1, 1}), kName,
+                    ": weight1 must be (S, C, 1, 1) with C=", c, ", got ", shape_string(weight1.sizes()));
+  check_tensor(kName, "weight2", weight2, dtype, 4);
+  TORCH_CHECK_VALUE(weight2.sizes() == at::IntArrayRef({c, s, 1, 1}), kName, ": weight2 must be (C, S, 1, 1) = ",
+                    shape_string({c, s, 1, 1}), ", got ", shape_string(weight2.sizes()));
+  check_vector(kName, "bias1", bias1, dtype, s);
+  check_vector(kName, "bias2", bias2, dtype, c);
+
+  const at::MemoryFormat format = input.suggest_memory_format();
+  const at::Tensor x = input.contiguous(format);
+  at::Tensor y = at::empty(input.sizes(), input.options().requires_grad(false), format);
+  const ImageShape shape{input.size(0), input.size(2), input.size(3), c};
+  const at::Tensor packed1 = pack_conv2d(weight1, bias1, chosen), packed2 = pack_conv2d(weight2, bias2, chosen);
+  const at::Tensor gate = at::empty({shape.n, c}, y.options());
+  const bool planes = format != at::MemoryFormat::ChannelsLast;
+  auto gate_step = make_squeeze_excite(chosen, shape, s, packed1, packed2, squeeze_act, gate_act, planes ? -1 : 0,
+                                       planes ? 3 : -1, 1, 2);
+  if (planes) {
+    const at::Tensor sums = at::empty({shape.n, c}, y.options());
+    dispatch(dtype, [&](auto zero) {
+      run_step(SqueezeExcitePlanes<decltype(zero)>(chosen, shape, std::move(gate_step)),
+               {buffer_of(x), buffer_of(y), buffer_of(gate), buffer_of(sums)});
+    });
+  } else {
+    run_step(Pair(std::move(gate_step),
+                  make_scale_shift_act(chosen, dtype, shape, std::nullopt, 2, Activation::kNone, 0, 1)),
+             {buffer_of(x), buffer_of(y), buffer_of(gate)});
+  }
+  return y;
+}
+
+}  // namespace mobilenet_fast
