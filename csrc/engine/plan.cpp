@@ -9,6 +9,16 @@ at::MemoryFormat engine_format(size_t dim) {
   return dim == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
+Buffer dense_buffer(void* data, const std::vector<int64_t>& shape) {
+  Buffer buffer{data, {0, 0, 0, 0}};
+  if (shape.size() == 4) {
+    const int64_t c = shape[1], h = shape[2], w = shape[3];
+    const int64_t strides[4] = {h * w * c, 1, w * c, c};
+    std::copy_n(strides, 4, buffer.strides);
+  }
+  return buffer;
+}
+
 void run_steps(const std::vector<const Step*>& steps, const Buffer* buffers, size_t shared_bytes, size_t thread_bytes,
                Scratch& scratch) {
   const int threads = team_size();
@@ -145,14 +155,14 @@ std::vector<at::Tensor> Plan::run(const std::vector<at::Tensor>& inputs) {
   for (size_t i = 0; i < values_.size(); ++i) {
     const Value& value = values_[i];
     if (value.storage == Storage::kArena) {
-      buffers[i].data = memory + value.location;
+      buffers[i] = dense_buffer(memory + value.location, value.shape);
     } else if (value.storage == Storage::kInput) {
       const at::Tensor& input = inputs[value.location];
       tensors[i] = value.any_strides ? input : input.contiguous(engine_format(value.shape.size()));
       buffers[i] = buffer_with_strides(tensors[i]);
     } else if (value.storage == Storage::kOutput) {
       tensors[i] = at::empty(value.shape, at::TensorOptions().dtype(dtype_), engine_format(value.shape.size()));
-      buffers[i] = buffer_of(tensors[i]);
+      buffers[i] = dense_buffer(tensors[i].data_ptr(), value.shape);
     }
   }
   for (const Segment& segment : segments_) {

@@ -16,7 +16,7 @@ namespace mobilenet_fast {
 // N × H × W × C, dense; only a step that says so accepts the other strides given here.
 struct Buffer {
   void* data = nullptr;
-  int64_t strides[4] = {0, 0, 0, 0};  // of (N, C, H, W), in elements; set for inputs of the plan only
+  int64_t strides[4] = {0, 0, 0, 0};  // of (N, C, H, W), in elements, for four dimensions
 };
 
 struct Work {

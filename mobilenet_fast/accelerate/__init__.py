@@ -1,0 +1,6 @@
+"""``accelerate(model)``: capture → graph → passes → plan → engine."""
+
+from .module import AcceleratedModule, accelerate
+from .plan import Report
+
+__all__ = ["AcceleratedModule", "Report", "accelerate"]

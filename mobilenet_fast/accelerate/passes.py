@@ -1,0 +1,229 @@
+"""The rewrites between capture and plan, each a small function over :class:`~mobilenet_fast.accelerate.graph.Graph`.
+
+After :func:`optimise` every node is one step of the plan, or an alias. A node that took others in has lost its ``call``: it
+can no longer run through ATen, so a pass only builds what the kernels serve.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from .graph import Graph, Node
+
+
+
+def optimise(graph: Graph) -> Graph:
+    for rewrite in (
+        recognise_activations,
+        fuse_padding,
+        fold_batch_norm,
+        recognise_squeeze_excite,
+        recognise_gates,
+        fuse_residual_and_activation,
+        fuse_gate,
+    ):
+        rewrite(graph)
+        graph.remove_dead()
+    return graph
+
+
+def is_depthwise(node: Node) -> bool:
+    """Whether this is a depthwise convolution of multiplier one."""
+    return node.op == "conv2d" and node.attrs["groups"] == node.inputs[0].shape[1] == node.shape[1] > 1
+
+
+def is_dense(node: Node) -> bool:
+    return node.op == "conv2d" and node.attrs["groups"] == 1
+
+
+def is_pointwise(node: Node) -> bool:
+    a = node.attrs
+    return is_dense(node) and a["kernel"] == (1, 1) and a["stride"] == (1, 1) and not any(a["padding"])
+
+
+def has_kernel(node: Node) -> bool:
+    """Whether this is a convolution or linear layer that runs on a kernel of ours."""
+    return node.op == "linear" or is_dense(node) or is_depthwise(node)
+
+
+def _only_user(graph: Graph, users: dict[Node, list[Node]], node: Node) -> Node | None:
+    """The one reader of a node that is no output."""
+    if len(users[node]) != 1 or node in graph.output_nodes():
+        return None
+    return users[node][0]
+
+
+def recognise_activations(graph: Graph) -> None:
+    """x·relu6(x + 3)/6, relu6(x + 3)/6 in whatever order they are written, x·hardsigmoid(x) and x·sigmoid(x)."""
+
+    def sixth(node: Node) -> bool:
+        return node.op == "mul_scalar" and math.isclose(node.attrs["value"], 1 / 6, rel_tol=1e-6)
+
+    def relu6_of_plus_3(node: Node) -> Node | None:
+        if node.op == "activation" and node.activation == "relu6":
+            inner = node.inputs[0]
+            if inner.op == "add_scalar" and inner.attrs["value"] == 3:
+                return inner.inputs[0]
+        return None
+
+    def become(node: Node, activation: str, x: Node) -> None:
+        node.op, node.inputs, node.attrs = "activation", [x], {"activation": activation}
+
+    for node in graph.nodes:
+        if sixth(node):
+            inner = node.inputs[0]
+            x = relu6_of_plus_3(inner)
+            if x is not None:
+                become(node, "hardsigmoid", x)
+            elif inner.op == "mul":
+                for a, b in (inner.inputs, inner.inputs[::-1]):
+                    if relu6_of_plus_3(b) is a:
+                        become(node, "hardswish", a)
+        elif node.op == "mul":
+            for a, b in (node.inputs, node.inputs[::-1]):
+                if b.op == "activation" and b.inputs[0] is a and b.activation in ("hardsigmoid", "sigmoid"):
+                    become(node, "hardswish" if b.activation == "hardsigmoid" else "silu", a)
+                    break
+                if sixth(a) and relu6_of_plus_3(b) is a.inputs[0]:  # (x / 6) · relu6(x + 3)
+                    become(node, "hardswish", a.inputs[0])
+                    break
+
+
+def fuse_padding(graph: Graph) -> None:
+    """Zero padding before a convolution becomes the convolution's own."""
+    for node in graph.nodes:
+        if has_kernel(node) and node.inputs[0].op == "pad":
+            pad = node.inputs[0]
+            node.attrs["padding"] = tuple(
+                a + b for a, b in zip(node.attrs["padding"], pad.attrs["padding"], strict=True)
+            )
+            node.inputs = [pad.inputs[0]]
+            del node.attrs["call"]
+
+
+def fold_batch_norm(graph: Graph) -> None:
+    """Batch norm after a convolution or linear layer goes into its weights."""
+    users = graph.users()
+    for conv in graph.matches(lambda n: has_kernel(n) and len(n.shape) != 3):
+        while (norm := _only_user(graph, users, conv)) is not None and norm.op == "batch_norm":
+            weights = conv.attrs["weights"]
+            norms = (*weights.batch_norms, norm.attrs["batch_norm"])
+            conv.attrs["weights"] = replace(weights, batch_norms=norms)
+            _absorb(graph, conv, norm)
+            users = graph.users()
+
+
+def recognise_squeeze_excite(graph: Graph) -> None:
+    """pool → layer → activation → layer → activation, however the layers are written, becomes one node: the gate."""
+    users = graph.users()
+
+    def next_of(node: Node) -> Node | None:
+        """The only reader, past reshapes between (N, C) and (N, C, 1, 1)."""
+        following = _only_user(graph, users, node)
+        while following is not None and following.op == "reshape" and _is_vector(following):
+            following = _only_user(graph, users, following)
+        return following
+
+    def is_layer(node: Node | None) -> bool:
+        return node is not None and (is_pointwise(node) or node.op == "linear")
+
+    for pool in graph.matches(lambda n: n.op == "global_avg_pool"):
+        chain = [pool]
+        while len(chain) < 5:
+            node = next_of(chain[-1])
+            wanted = is_layer(node) if len(chain) % 2 else node is not None and node.op == "activation"
+            if not wanted:
+                break
+            chain.append(node)
+        if len(chain) < 5:
+            continue
+        _, first, squeeze, second, gate = chain
+        gate.attrs = {
+            "weights1": first.attrs["weights"],
+            "weights2": second.attrs["weights"],
+            "squeeze_channels": first.shape[1],
+            "squeeze_activation": squeeze.activation,
+            "gate_activation": gate.activation,
+        }
+        gate.op, gate.inputs = "squeeze_excite", [pool.inputs[0]]
+
+
+def _is_vector(node: Node) -> bool:
+    """(N, C) or (N, C, 1, 1), which are the same in memory."""
+    return len(node.shape) == 2 or (len(node.shape) == 4 and node.shape[2:] == (1, 1))
+
+
+def is_alias(node: Node) -> bool:
+    """Whether a reshape leaves memory as it is: neither side is an image of several pixels, which lies channels last."""
+    if node.op != "reshape":
+        return False
+    return all(len(n.shape) != 4 or n.shape[2:] == (1, 1) for n in (node, node.inputs[0]))
+
+
+def recognise_gates(graph: Graph) -> None:
+    """A product of (N, C, H, W) with (N, C, 1, 1) is a gate."""
+    for node in graph.matches(lambda n: n.op == "mul" and len(n.shape) == 4):
+        for x, gate in (node.inputs, node.inputs[::-1]):
+            if gate.op == "expand":
+                gate = gate.inputs[0]
+            if x.shape == node.shape and gate.shape == (*node.shape[:2], 1, 1):
+                node.op, node.inputs, node.attrs = "gate", [x, gate], {}
+                break
+
+
+def fuse_residual_and_activation(graph: Graph) -> None:
+    """The sum with a residual and the activation go into the epilogue of what computes their input."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    users = graph.users()
+    for node in list(graph.nodes):
+        if node.op == "add" and node.inputs[0].shape == node.inputs[1].shape:
+            # The later of the two computes the sum, when the other is there already.
+            for host, other in sorted((node.inputs, node.inputs[::-1]), key=lambda pair: -position[pair[0]]):
+                takes_residual = is_dense(host) or (host.op == "linear" and len(host.shape) == 2)
+                if not takes_residual or host is other or position[other] > position[host]:
+                    continue
+                if _only_user(graph, users, host) is not node or host.activation != "none" or len(host.inputs) > 1:
+                    continue
+                host.inputs = [*host.inputs, other]
+                host.attrs["residual"] = True
+                _absorb(graph, host, node)
+                users = graph.users()
+                break
+        elif node.op == "activation":
+            host = node.inputs[0]
+            takes_activation = has_kernel(host) or host.op == "gate" or is_affine(host) or is_sum(host)
+            if takes_activation and host.activation == "none" and _only_user(graph, users, host) is node:
+                host.attrs["activation"] = node.activation
+                _absorb(graph, host, node)
+                users = graph.users()
+
+
+def is_affine(node: Node) -> bool:
+    """A batch norm on images that is a step of its own."""
+    return node.op == "batch_norm" and len(node.shape) == 4
+
+
+def is_sum(node: Node) -> bool:
+    return node.op == "add" and node.inputs[0].shape == node.inputs[1].shape
+
+
+def _absorb(graph: Graph, host: Node, node: Node) -> None:
+    host.attrs.pop("call", None)
+    graph.replace(node, host)
+    graph.nodes.remove(node)
+
+
+def fuse_gate(graph: Graph) -> None:
+    """A gated tensor that only a pointwise convolution reads is multiplied as that reads it."""
+    users = graph.users()
+    for gate in graph.matches(lambda n: n.op == "gate" and n.activation == "none"):
+        conv = _only_user(graph, users, gate)
+        if conv is None or not is_pointwise(conv) or conv.inputs[0] is not gate:
+            continue
+        if gate in conv.inputs[1:]:
+            continue
+        conv.inputs = [gate.inputs[0], *conv.inputs[1:], gate.inputs[1]]
+        conv.attrs["gate"] = True
+        conv.attrs.pop("call", None)
+        users = graph.users()

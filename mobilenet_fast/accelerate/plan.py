@@ -1,0 +1,401 @@
+"""From a graph to a plan: which kernel runs each node, where each tensor lies, in what order. The plan is a table that the
+C++ engine executes and :meth:`Report.__str__` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import _C
+from .graph import Call, Constant, Graph, Node, Slot, Weights
+from .passes import is_affine, is_alias, is_dense, is_depthwise, is_pointwise, is_sum
+
+_ALIGNMENT = 64
+
+
+class PackedWeights:
+    """Weights with batch norm folded in, in the kernels' layout; each packed once, whatever input shapes use it."""
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple, torch.Tensor] = {}
+
+    def get(self, weights: Weights, constants: dict[str, torch.Tensor], *, depthwise: bool, isa: str) -> torch.Tensor:
+        key = (weights, depthwise, isa)
+        if key not in self._packed:
+            weight, bias = fold(weights, constants)
+            pack = _C.pack_depthwise_conv2d if depthwise else _C.pack_conv2d
+            self._packed[key] = pack(weight, bias, isa)
+        return self._packed[key]
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+
+def fold(weights: Weights, constants: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(K, C, kH, kW) weight and (K,) bias with the batch norms folded in, computed in float64, in the weight's dtype."""
+
+    def get(name: str | None, default: float) -> torch.Tensor | float:
+        return default if name is None else constants[name].detach().double()
+
+    with torch.no_grad():
+        original = constants[weights.weight].detach()
+        weight = original
+        bias = None if weights.bias is None else constants[weights.bias].detach()
+        for norm in weights.batch_norms:
+            scale = get(norm.weight, 1.0) / torch.sqrt(get(norm.var, 1.0) + norm.eps)
+            weight = weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))
+            bias = (0.0 if bias is None else bias.double()) - get(norm.mean, 0.0)
+            bias = bias * scale + get(norm.bias, 0.0)
+        if weight.dim() == 2:
+            weight = weight[:, :, None, None]
+        return weight.to(original.dtype), None if bias is None else bias.to(original.dtype)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of a plan as :meth:`AcceleratedModule.explain` shows it."""
+
+    name: str
+    operation: str
+    shape: tuple[int, ...]
+    kernel: str
+    fallback: str
+    """Why no kernel of ours runs it; empty where one does."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a plan runs. ``str(report)`` is the table; ``fallbacks`` are the rows that run through ATen."""
+
+    rows: tuple[Row, ...]
+    isa: str
+    arena_bytes: int
+
+    @property
+    def fallbacks(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.fallback)
+
+    def __str__(self) -> str:
+        head = ("step", "operation", "output", "kernel")
+        lines = [head]
+        for index, row in enumerate(self.rows):
+            kernel = f"ATen: {row.fallback}" if row.fallback else row.kernel
+            lines.append((f"{index} {row.name}", row.operation, "×".join(map(str, row.shape)), kernel))
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        table = "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line[:3], widths, strict=True)), line[3]])
+            for line in lines
+        )
+        native = len(self.rows) - len(self.fallbacks)
+        total = f"{native} of {len(self.rows)} steps on {self.isa} kernels, arena {self.arena_bytes / 2**20:.1f} MiB"
+        return f"{table}\n{total}"
+
+
+@dataclass
+class Plan:
+    """An executable plan for one set of input shapes."""
+
+    engine: _C.Plan
+    outputs: list[Any]
+    """For each output a constant, or :class:`Output`."""
+    report: Report
+
+    def run(self, inputs: list[torch.Tensor]) -> list[Any]:
+        results = self.engine.run(inputs)
+        return [results[o.index] if isinstance(o, Output) else o for o in self.outputs]
+
+
+@dataclass(frozen=True)
+class Output:
+    index: int
+
+
+@dataclass
+class _Value:
+    storage: str  # arena, input, output or aten
+    shape: tuple[int, ...]
+    itemsize: int = 4
+    position: int = 0  # of an input or output
+    offset: int = 0  # in the arena
+    any_strides: bool = False
+    first: int = 0  # step that writes it
+    last: int = 0  # last step that reads it
+    root: _Value | None = None  # an alias of that value
+
+
+def build(graph: Graph, packed: PackedWeights, isa: str) -> Plan:
+    return _Builder(graph, packed, isa).build()
+
+
+class _Builder:
+    def __init__(self, graph: Graph, packed: PackedWeights, isa: str):
+        self.graph, self.packed, self.isa = graph, packed, isa
+        self.values: list[_Value] = []
+        self.ids: dict[Node, int] = {}
+        self.sums: dict[Node, int] = {}  # of depthwise convolutions whose output is averaged
+        self.steps: list[Callable[[_C.Plan], None]] = []
+        self.rows: list[tuple[Node, str, str]] = []  # node, operation, fallback
+        self.users = graph.users()
+
+    def build(self) -> Plan:
+        outputs = self.graph.output_nodes()
+        averaged = {n.inputs[0] for n in self.graph.nodes if n.op in ("global_avg_pool", "squeeze_excite")}
+        for position, node in enumerate(self.graph.inputs):
+            strided = all(self.reads_any_strides(user) for user in self.users[node])
+            self.define(node, "input", position=position, any_strides=strided)
+        output_count = 0
+        for node in self.graph.nodes:
+            if node.op == "input":
+                continue
+            if node in averaged and is_depthwise(node):
+                n, c, h, _ = node.shape
+                self.sums[node] = self.new_value("arena", (n, _C.depthwise_sum_parts(h), c))
+            if is_alias(node) and self.values[self.ids[node.inputs[0]]].storage == "arena":
+                root = self.values[self.ids[node.inputs[0]]]
+                self.ids[node] = self.new_value("arena", node.shape, root=root.root or root)
+                continue
+            emit = self.native(node)
+            if emit is None:
+                self.aten(node)
+                continue
+            aliased = any(is_alias(user) for user in self.users[node])
+            if node in outputs and not aliased:
+                self.define(node, "output", position=output_count)
+                output_count += 1
+            else:
+                self.define(node, "arena")
+            reads = [self.ids[source] for source in node.inputs]
+            writes = [self.ids[node], *([self.sums[node]] if node in self.sums else [])]
+            reads += [self.sums[source] for source in node.inputs[:1] if source in self.sums]
+            self.step(node, _operation(node), "", reads, writes, emit)
+        results = [self.result(output) for output in self.graph.outputs]
+        arena_bytes = self.place()
+        engine = _C.Plan(
+            dtype=str(self.graph.dtype).removeprefix("torch."),
+            values=[
+                (v.storage, (v.root or v).offset if v.storage == "arena" else v.position, v.shape, v.any_strides)
+                for v in self.values
+            ],
+            outputs=[value for value in results if isinstance(value, int)],
+            arena_bytes=arena_bytes,
+        )
+        for emit in self.steps:
+            emit(engine)
+        rows = tuple(
+            Row(node.name, operation, node.shape, kernel, fallback)
+            for (node, operation, fallback), kernel in zip(self.rows, engine.describe(), strict=True)
+        )
+        index = iter(range(len(results)))
+        finals = [Output(next(index)) if isinstance(r, int) else r[0] for r in results]
+        return Plan(engine, finals, Report(rows, self.isa, arena_bytes))
+
+    # Values
+
+    def new_value(self, storage: str, shape: tuple[int, ...], **fields: Any) -> int:
+        self.values.append(_Value(storage, shape, self.graph.dtype.itemsize, **fields))
+        return len(self.values) - 1
+
+    def define(self, node: Node, storage: str, **fields: Any) -> int:
+        self.ids[node] = self.new_value(storage, node.shape, **fields)
+        return self.ids[node]
+
+    def step(self, node, operation, fallback, reads, writes, emit) -> None:
+        index = len(self.steps)
+        for value in (self.values[i] for i in writes):
+            value.first = value.last = index
+        for value in (self.values[i] for i in reads):
+            (value.root or value).last = index
+        self.steps.append(emit)
+        self.rows.append((node, operation, fallback))
+
+    def result(self, output: Any) -> Any:
+        """The value id of an output, or its constant in a tuple."""
+        if not isinstance(output, Node):
+            return (output,)
+        value = self.values[self.ids[output]]
+        if value.storage != "arena":
+            return self.ids[output]
+        # Memory of the arena leaves it as a copy.
+        copied = self.new_value("aten", output.shape)
+        source, target = self.ids[output], torch.ops.aten.clone.default
+
+        def emit(engine: _C.Plan) -> None:
+            engine.add_aten(target._schema.name, target._schema.overload_name, [_C.ValueRef(source), None], [copied])
+
+        self.step(output, "copy", "an output that is also read in another shape", [source], [copied], emit)
+        return copied
+
+    def place(self) -> int:
+        """Offsets in the arena: values that live at the same time do not overlap. Largest first, lowest fit."""
+        placed: list[tuple[int, int, _Value]] = []
+        roots = [v for v in self.values if v.storage == "arena" and v.root is None]
+        size = {id(v): _bytes(v) for v in roots}
+        for value in sorted(roots, key=lambda v: (-size[id(v)], v.first)):
+            offset = 0
+            for begin, end, other in sorted(placed, key=lambda p: p[0]):
+                if other.last < value.first or value.last < other.first:
+                    continue
+                if offset + size[id(value)] <= begin:
+                    break
+                offset = max(offset, end)
+            value.offset = offset
+            placed.append((offset, offset + size[id(value)], value))
+        return max((end for _, end, _ in placed), default=0)
+
+    # Steps
+
+    def reads_any_strides(self, node: Node) -> bool:
+        return is_dense(node) and not is_pointwise(node) and node.inputs.count(node.inputs[0]) == 1
+
+    def pack(self, weights: Weights, depthwise: bool = False) -> torch.Tensor:
+        return self.packed.get(weights, self.graph.constants, depthwise=depthwise, isa=self.isa)
+
+    def native(self, node: Node) -> Callable[[_C.Plan], None] | None:
+        """A function that adds the node to the engine's plan; None where ATen has to run it."""
+        ids, isa, attrs = self.ids, self.isa, node.attrs
+        x = node.inputs[0] if node.inputs else None
+
+        if is_pointwise(node) or node.op == "linear":
+            rows = _image(x.shape)
+            packed = self.pack(attrs["weights"])
+            residual = node.inputs[1] if attrs.get("residual") else None
+            gate = node.inputs[-1] if attrs.get("gate") else None
+            return lambda engine: engine.add_pointwise_conv2d(
+                isa=isa,
+                x_shape=rows,
+                out_channels=node.shape[1] if node.op == "conv2d" else node.shape[-1],
+                packed=packed,
+                activation=node.activation,
+                x=ids[x],
+                y=ids[node],
+                gate=-1 if gate is None else ids[gate],
+                residual=-1 if residual is None else ids[residual],
+            )
+        if is_dense(node) or is_depthwise(node):
+            top, _, left, _ = attrs["padding"]
+            shared = {
+                "isa": isa,
+                "x_shape": x.shape,
+                "y_shape": node.shape,
+                "packed": self.pack(attrs["weights"], is_depthwise(node)),
+                "window": (*attrs["kernel"], *attrs["stride"], top, left, *attrs["dilation"]),
+                "activation": node.activation,
+                "x": ids[x],
+            }
+            if is_depthwise(node):
+                return lambda engine: engine.add_depthwise_conv2d(
+                    **shared, y=ids[node], sums=self.sums.get(node, -1)
+                )
+            residual = node.inputs[1] if attrs.get("residual") else None
+            return lambda engine: engine.add_conv2d(
+                **shared, y=ids[node], residual=-1 if residual is None else ids[residual]
+            )
+        if node.op in ("squeeze_excite", "global_avg_pool"):
+            sums = self.sums.get(x, -1)
+            source = {"x": ids[x], "sums": sums, "parts": _C.depthwise_sum_parts(x.shape[2]) if sums >= 0 else 0}
+            if node.op == "global_avg_pool":
+                return lambda engine: engine.add_global_avg_pool(isa=isa, x_shape=x.shape, **source, y=ids[node])
+            packed1, packed2 = self.pack(attrs["weights1"]), self.pack(attrs["weights2"])
+            return lambda engine: engine.add_squeeze_excite(
+                isa=isa,
+                x_shape=x.shape,
+                squeeze_channels=attrs["squeeze_channels"],
+                packed1=packed1,
+                packed2=packed2,
+                squeeze_activation=attrs["squeeze_activation"],
+                gate_activation=attrs["gate_activation"],
+                **source,
+                gate=ids[node],
+            )
+        if node.op in ("gate", "activation") or is_affine(node):
+            folded = None
+            if is_affine(node):
+                norm = attrs["batch_norm"]
+                tensors = (norm.mean, norm.var, norm.weight, norm.bias)
+                mean, var, weight, bias = (None if t is None else self.graph.constants[t].detach() for t in tensors)
+                folded = _C.fold_batch_norm(mean, var, weight, bias, norm.eps)
+            return lambda engine: engine.add_scale_shift_act(
+                isa=isa,
+                shape=_image(node.shape),
+                folded=folded,
+                gate=ids[node.inputs[1]] if node.op == "gate" else -1,
+                activation=node.activation,
+                x=ids[x],
+                y=ids[node],
+            )
+        if is_sum(node):
+            elements = torch.Size(node.shape).numel()
+            return lambda engine: engine.add_add_act(
+                isa=isa,
+                elements=elements,
+                activation=node.activation,
+                a=ids[node.inputs[0]],
+                b=ids[node.inputs[1]],
+                y=ids[node],
+            )
+        return None
+
+    def aten(self, node: Node) -> None:
+        if node.op == "result":
+            return  # defined with its call
+        call: Call = node.attrs["call"]
+        results = [user for user in self.users[node] if user.op == "result"]
+        if results:
+            outputs = [-1] * (1 + max(r.attrs["index"] for r in results))
+            for result in results:
+                outputs[result.attrs["index"]] = self.define(result, "aten")
+        else:
+            outputs = [self.define(node, "aten")]
+        reads = [self.ids[source] for source in node.inputs]
+
+        def argument(value: Any) -> Any:
+            if isinstance(value, Slot):
+                return _C.ValueRef(self.ids[node.inputs[value.index]])
+            if isinstance(value, Constant):
+                return self.graph.constants[value.name].detach()
+            return [argument(each) for each in value] if isinstance(value, list) else value
+
+        def emit(engine: _C.Plan) -> None:
+            arguments = [argument(value) for value in call.arguments]
+            engine.add_aten(call.target._schema.name, call.target._schema.overload_name, arguments, outputs)
+
+        self.step(node, _operation(node), _why_aten(node), reads, [o for o in outputs if o >= 0], emit)
+
+
+def _bytes(value: _Value) -> int:
+    size = torch.Size(value.shape).numel() * value.itemsize
+    return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+
+
+def _image(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """The (N, C, H, W) whose memory order, N × H × W × C, is that of a tensor of this shape in the engine."""
+    if len(shape) == 4:
+        return shape
+    return (torch.Size(shape[:-1]).numel(), shape[-1] if shape else 1, 1, 1)
+
+
+def _operation(node: Node) -> str:
+    if node.op == "conv2d":
+        name = "pointwise_conv2d" if is_pointwise(node) else "depthwise_conv2d" if is_depthwise(node) else "conv2d"
+    else:
+        name = node.attrs["call"].target._schema.name if node.op == "aten" else node.op
+    parts = [name, *(["batch_norm"] if "weights" in node.attrs and node.attrs["weights"].batch_norms else [])]
+    parts += [extra for extra in ("gate", "residual") if node.attrs.get(extra)]
+    if node.op not in ("activation", "squeeze_excite") and node.activation == "none":
+        return " + ".join(parts)
+    return " + ".join([*parts, *([node.activation] if node.op != "squeeze_excite" else [])])
+
+
+def _why_aten(node: Node) -> str:
+    if node.op == "conv2d":
+        groups = node.attrs["groups"]
+        if groups == node.inputs[0].shape[1]:
+            return "a depthwise convolution with a channel multiplier has no step yet"
+        return f"a grouped convolution ({groups} groups) has no kernel"
+    if node.op == "aten":
+        return f"no kernel for {node.attrs['call'].target} on {str(node.dtype).removeprefix('torch.')}"
+    return f"no kernel for {node.op} in this form"
