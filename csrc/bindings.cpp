@@ -54,8 +54,8 @@ void add_aten(Plan& plan, const std::string& name, const std::string& overload, 
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
   const auto& schema = op.schema();
   if (arguments.size() != schema.arguments().size()) {
-    throw py::value_error("Plan: " + name + " takes " + std::to_string(schema.arguments().size()) +
-                          " arguments, got " + std::to_string(arguments.size()));
+    throw py::value_error("Plan: " + name + " takes " + std::to_string(schema.arguments().size()) + " arguments, got " +
+                          std::to_string(arguments.size()));
   }
   AtenStep step{op, {}, std::move(outputs)};
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -96,11 +96,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def("depthwise_conv2d", &depthwise_conv2d, py::arg("input"), py::arg("weight"), py::arg("bias") = py::none(),
         py::arg("stride") = std::vector<int64_t>{1, 1}, py::arg("padding") = std::vector<int64_t>{0, 0},
-        py::arg("dilation") = std::vector<int64_t>{1, 1}, py::arg("activation") = "none", py::arg("isa") = py::none(),
-        release);
+        py::arg("dilation") = std::vector<int64_t>{1, 1}, py::arg("activation") = "none", py::arg("scale") = py::none(),
+        py::arg("isa") = py::none(), release);
   m.def("pointwise_conv2d", &pointwise_conv2d, py::arg("input"), py::arg("weight"), py::arg("bias") = py::none(),
         py::arg("activation") = "none", py::arg("gate") = py::none(), py::arg("residual") = py::none(),
-        py::arg("isa") = py::none(), release);
+        py::arg("scale") = py::none(), py::arg("isa") = py::none(), release);
   m.def("batch_norm_act", &batch_norm_act, py::arg("input"), py::arg("running_mean"), py::arg("running_var"),
         py::arg("weight") = py::none(), py::arg("bias") = py::none(), py::arg("eps") = 1e-5,
         py::arg("activation") = "none", py::arg("isa") = py::none(), release);
@@ -113,17 +113,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "pack_conv2d",
       [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa) {
-        return pack_conv2d(weight, bias, isa_of(isa));
+        return pack_conv2d(weight, bias, std::nullopt, isa_of(isa));
       },
       py::arg("weight"), py::arg("bias"), py::arg("isa"));
   m.def(
       "pack_depthwise_conv2d",
       [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa) {
-        return pack_depthwise_conv2d(weight, bias, isa_of(isa));
+        return pack_depthwise_conv2d(weight, bias, std::nullopt, isa_of(isa));
       },
       py::arg("weight"), py::arg("bias"), py::arg("isa"));
-  m.def("fold_batch_norm", &fold_batch_norm, py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"),
-        py::arg("eps"));
+  m.def(
+      "fold_batch_norm",
+      [](const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
+         double eps) { return fold_batch_norm(mean, var, weight, bias, eps, current_isa()); },
+      py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"));
   m.def("depthwise_sum_parts", &depthwise_sum_parts);
 
   py::class_<ValueRef>(m, "ValueRef").def(py::init<int64_t>()).def_readonly("index", &ValueRef::index);
@@ -172,14 +175,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("activation"), py::arg("x"), py::arg("y"), py::arg("sums"))
       .def(
           "add_squeeze_excite",
-          [=](Plan& plan, const std::string& isa, Quad x_shape, int64_t squeeze_channels, const at::Tensor& packed1,
-              const at::Tensor& packed2, const std::string& squeeze_activation, const std::string& gate_activation,
-              int x, int sums, int64_t parts, int gate) {
-            plan.add(make_squeeze_excite(isa_of(isa), image_shape(x_shape), squeeze_channels, packed1, packed2,
-                                         act_of(squeeze_activation), act_of(gate_activation), x, sums, parts, gate));
+          [=](Plan& plan, const std::string& isa, Quad x_shape, const at::Tensor& weight1, const OptionalTensor& bias1,
+              const at::Tensor& weight2, const OptionalTensor& bias2, const std::string& squeeze_activation,
+              const std::string& gate_activation, int x, int sums, int64_t parts, int gate) {
+            plan.add(make_squeeze_excite(isa_of(isa), image_shape(x_shape),
+                                         {weight1, bias1, act_of(squeeze_activation)},
+                                         {weight2, bias2, act_of(gate_activation)}, x, sums, parts, gate));
           },
-          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("squeeze_channels"), py::arg("packed1"),
-          py::arg("packed2"), py::arg("squeeze_activation"), py::arg("gate_activation"), py::arg("x"), py::arg("sums"),
+          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("weight1"), py::arg("bias1"), py::arg("weight2"),
+          py::arg("bias2"), py::arg("squeeze_activation"), py::arg("gate_activation"), py::arg("x"), py::arg("sums"),
           py::arg("parts"), py::arg("gate"))
       .def(
           "add_global_avg_pool",
@@ -200,9 +204,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "add_add_act",
           [=](Plan& plan, const std::string& isa, int64_t elements, const std::string& activation, int a, int b,
-              int y) {
-            plan.add(make_add_act(isa_of(isa), plan.dtype(), elements, act_of(activation), a, b, y));
-          },
+              int y) { plan.add(make_add_act(isa_of(isa), plan.dtype(), elements, act_of(activation), a, b, y)); },
           py::kw_only(), py::arg("isa"), py::arg("elements"), py::arg("activation"), py::arg("a"), py::arg("b"),
           py::arg("y"));
 }

@@ -1,5 +1,5 @@
-// A network as a list of steps over one arena. Made by Python (mobilenet_fast/accelerate), run here: runs of native steps
-// share one parallel region, a step that goes through ATen stands between regions.
+// A network as a list of steps over one arena. Made by Python (mobilenet_fast/accelerate), run here: runs of native
+// steps share one parallel region, a step that goes through ATen stands between regions.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,7 +16,8 @@ namespace mobilenet_fast {
 
 enum class Storage { kArena, kInput, kOutput, kAten };
 
-// A tensor of the plan. In the arena and in outputs, four-dimensional tensors lie as N × H × W × C and others contiguous.
+// A tensor of the plan. In the arena and in outputs, four-dimensional tensors lie as N × H × W × C and others
+// contiguous.
 struct Value {
   Storage storage;
   int64_t location;  // kArena: offset in bytes; kInput, kOutput: position; kAten: unused

@@ -30,9 +30,9 @@ template <class T>
 inline typename Vec<T>::Reg exp(typename Vec<T>::Reg x) {
   using V = Vec<T>;
   using C = ExpConstants<T>;
-  constexpr double kInverseFactorial[14] = {1.0,           1.0,           1.0 / 2,         1.0 / 6,        1.0 / 24,
-                                            1.0 / 120,     1.0 / 720,     1.0 / 5040,      1.0 / 40320,    1.0 / 362880,
-                                            1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  constexpr double kInverseFactorial[14] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
   x = V::min(V::set1(C::kHighest), V::max(V::set1(C::kLowest), x));
   const auto n = V::round(V::mul(x, V::set1(static_cast<T>(1.44269504088896340736))));
   auto r = V::fma(n, V::set1(-C::kLn2High), x);

@@ -1,8 +1,9 @@
 // The kernels for AVX2 with FMA.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "kernels/kernels.h"
 #include "kernels/registry.h"
-#include <immintrin.h>
 #define MF_ISA avx2
 #define MF_AVX2
 #pragma GCC push_options
@@ -13,7 +14,9 @@
 #include "kernels/batch_norm_act.h"
 #include "kernels/depthwise_conv2d.h"
 #include "kernels/gemm.h"
+#include "kernels/pack.h"
 #include "kernels/pool.h"
+#include "kernels/squeeze_excite.h"
 #include "kernels/table.h"
 #pragma GCC pop_options
 namespace mobilenet_fast {

@@ -1,8 +1,9 @@
 // The kernels for AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "kernels/kernels.h"
 #include "kernels/registry.h"
-#include <immintrin.h>
 // GCC 12 warns of its own intrinsics, which begin from an undefined register.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -16,7 +17,9 @@
 #include "kernels/batch_norm_act.h"
 #include "kernels/depthwise_conv2d.h"
 #include "kernels/gemm.h"
+#include "kernels/pack.h"
 #include "kernels/pool.h"
+#include "kernels/squeeze_excite.h"
 #include "kernels/table.h"
 #pragma GCC pop_options
 namespace mobilenet_fast {

@@ -2,10 +2,10 @@
 //
 // A tile is up to kTileColumns output columns of one row and one vector of channels, all accumulators in registers. For
 // each kernel row, its weights are loaded, then each input vector once; it serves every output column that it touches.
-// A 3×3 tile of 8 columns so loads 3 × (3 + 10) vectors for 72 multiply-adds. Rows outside the image are skipped; columns
-// outside are skipped in the tiles at the borders (kBorder), so padding costs no arithmetic and brings in no NaN.
-// Vectors of channels are innermost, which reads whole pixels one after another: walking one vector down a row instead
-// would meet the same few L1 sets whenever the number of channels is a large power of two.
+// A 3×3 tile of 8 columns so loads 3 × (3 + 10) vectors for 72 multiply-adds. Rows outside the image are skipped;
+// columns outside are skipped in the tiles at the borders (kBorder), so padding costs no arithmetic and brings in no
+// NaN. Vectors of channels are innermost, which reads whole pixels one after another: walking one vector down a row
+// instead would meet the same few L1 sets whenever the number of channels is a large power of two.
 #pragma once
 
 namespace mobilenet_fast {
@@ -165,8 +165,8 @@ void depthwise_conv2d(const DepthwiseArgs<T>& d) {
       }
       if (tile.channel == d.channels) continue;
       tile.lanes = static_cast<int>(d.channels - tile.channel);
-      const DepthwiseTileFn<T> tail = border ? select_depthwise_tile<T, true, true>(d, columns)
-                                             : select_depthwise_tile<T, false, true>(d, columns);
+      const DepthwiseTileFn<T> tail =
+          border ? select_depthwise_tile<T, true, true>(d, columns) : select_depthwise_tile<T, false, true>(d, columns);
       if (tail != nullptr) {
         tail(d, tile);
       } else {

@@ -1,10 +1,10 @@
 // The matrix product under every dense convolution: see GemmArgs for the operation.
 //
 // A micro-kernel holds kRows × kVectors accumulators in registers. For each k it loads kVectors weights (consecutive in
-// the packed panel) and broadcasts kRows inputs, so that a full tile of 6 × 4 AVX-512 vectors costs 24 multiply-adds for
-// 10 loads. The number of rows for a narrower panel keeps the same number of accumulators, up to 12 rows: past that the
-// row addresses no longer fit the general registers. Rows are dealt to tiles evenly (49 = 4 × 6 + 5 × 5, not
-// 8 × 6 + 1), since a tile of one row is bound by the latency of its multiply-adds.
+// the packed panel) and broadcasts kRows inputs, so that a full tile of 6 × 4 AVX-512 vectors costs 24 multiply-adds
+// for 10 loads. The number of rows for a narrower panel keeps the same number of accumulators, up to 12 rows: past that
+// the row addresses no longer fit the general registers. Rows are dealt to tiles evenly (49 = 4 × 6 + 5 × 5, not 8 × 6
+// + 1), since a tile of one row is bound by the latency of its multiply-adds.
 #pragma once
 
 namespace mobilenet_fast {

@@ -13,8 +13,9 @@ const char* isa_name(Isa isa);
 // Instruction sets compiled into this binary that the CPU and the operating system support, best first; ends in scalar.
 const std::vector<Isa>& available_isas();
 
-// The best available set, capped by the environment variable MOBILENET_FAST_ISA as it stood when the library was loaded.
-// Throws std::invalid_argument, naming the valid values, when that variable names an unknown or unsupported set.
+// The best available set, capped by the environment variable MOBILENET_FAST_ISA as it stood when the library was
+// loaded. Throws std::invalid_argument, naming the valid values, when that variable names an unknown or unsupported
+// set.
 Isa current_isa();
 
 // The set with this name. Throws std::invalid_argument naming the valid values. `what` begins the message.

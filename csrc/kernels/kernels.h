@@ -38,8 +38,9 @@ struct GemmArgs {
   Activation activation;
 };
 
-// Output rows [row_begin, row_end) of one image and one range of channels. The weight is stored tap by tap, `tap_stride`
-// elements apart. Where `sums` is given, the sum of the outputs over the rows of this call is added to it, per channel.
+// Output rows [row_begin, row_end) of one image and one range of channels. The weight is stored tap by tap,
+// `tap_stride` elements apart. Where `sums` is given, the sum of the outputs over the rows of this call is added to it,
+// per channel.
 template <class T>
 struct DepthwiseArgs {
   const T* x;
@@ -55,8 +56,8 @@ struct DepthwiseArgs {
   Activation activation;
 };
 
-// y[m, c] = activation(x[m, c] * scale[c] + shift[c]) over `rows` pixels. Without `scale` it is 1; without `shift` it is -0,
-// which changes no number.
+// y[m, c] = activation(x[m, c] * scale[c] + shift[c]) over `rows` pixels. Without `scale` it is 1; without `shift` it
+// is -0, which changes no number.
 template <class T>
 struct ScaleShiftArgs {
   const T* x;
@@ -86,6 +87,16 @@ struct Kernels {
   // sums[c] = sum over rows of x[row * stride + c].
   void (*sum_rows)(const T* x, int64_t stride, int64_t rows, int64_t channels, T* sums);
   T (*sum_plane)(const T* x, int64_t n);
+  // y[m, k] = activation(bias[k] + sum over c of x[m, c] * weight[k, c]) for m < rows and begin <= k < end; x is (rows,
+  // channels), weight (out_channels, channels) and y (rows, out_channels), all dense; bias may be null.
+  void (*fully_connected)(const T* x, int64_t rows, int64_t channels, const T* weight, const T* bias, int64_t begin,
+                          int64_t end, int64_t out_channels, Activation activation, T* y);
+  // out[k * width + j] = source[j * depth + k] * scale[j] for j < columns, 0 up to width (a multiple of lanes); without
+  // scale it is 1.
+  void (*pack_columns)(const T* source, int64_t columns, int64_t depth, const T* scale, T* out, int64_t width);
+  // scale = weight / sqrt(var + eps), shift = bias - mean * scale; weight and bias may be null for 1 and 0.
+  void (*fold_batch_norm)(const T* mean, const T* var, const T* weight, const T* bias, T eps, int64_t channels,
+                          T* scale, T* shift);
 };
 
 // The vectors before panel p of `panels`, when `vectors` are shared out as evenly as they go.

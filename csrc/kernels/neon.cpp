@@ -1,8 +1,9 @@
 // The kernels for NEON on aarch64.
 #if defined(__aarch64__)
+#include <arm_neon.h>
+
 #include "kernels/kernels.h"
 #include "kernels/registry.h"
-#include <arm_neon.h>
 #define MF_ISA neon
 #define MF_NEON
 #include "kernels/vec.h"
@@ -11,7 +12,9 @@
 #include "kernels/batch_norm_act.h"
 #include "kernels/depthwise_conv2d.h"
 #include "kernels/gemm.h"
+#include "kernels/pack.h"
 #include "kernels/pool.h"
+#include "kernels/squeeze_excite.h"
 #include "kernels/table.h"
 
 namespace mobilenet_fast {

@@ -9,10 +9,10 @@ template <class T>
 Kernels<T> make(Isa isa);
 
 #if defined(__x86_64__)
-#define MF_CASES(type)      \
-  case Isa::kAvx512:        \
+#define MF_CASES(type)              \
+  case Isa::kAvx512:                \
     return avx512_kernels_##type(); \
-  case Isa::kAvx2:          \
+  case Isa::kAvx2:                  \
     return avx2_kernels_##type();
 #elif defined(__aarch64__)
 #define MF_CASES(type) \

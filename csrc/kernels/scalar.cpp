@@ -11,7 +11,9 @@
 #include "kernels/batch_norm_act.h"
 #include "kernels/depthwise_conv2d.h"
 #include "kernels/gemm.h"
+#include "kernels/pack.h"
 #include "kernels/pool.h"
+#include "kernels/squeeze_excite.h"
 #include "kernels/table.h"
 
 namespace mobilenet_fast {

@@ -16,7 +16,10 @@ static Kernels<T> table(Isa isa) {
           scale_shift_act_plane<T>,
           add_act<T>,
           sum_rows<T>,
-          sum_plane<T>};
+          sum_plane<T>,
+          fully_connected<T>,
+          pack_columns<T>,
+          fold_batch_norm<T>};
 }
 
 }  // namespace MF_ISA

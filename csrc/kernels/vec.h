@@ -1,6 +1,6 @@
-// The vector functions that all kernels are written on: one specialisation of Vec<float> and Vec<double> per instruction
-// set. Included inside the target region of one instruction-set file (see avx512.cpp), which defines MF_ISA (the
-// namespace) and one of MF_AVX512, MF_AVX2, MF_NEON or MF_SCALAR, and has included the intrinsics before.
+// The vector functions that all kernels are written on: one specialisation of Vec<float> and Vec<double> per
+// instruction set. Included inside the target region of one instruction-set file (see avx512.cpp), which defines MF_ISA
+// (the namespace) and one of MF_AVX512, MF_AVX2, MF_NEON or MF_SCALAR, and has included the intrinsics before.
 //
 // Contracts, for every set:
 //   load / store       kLanes consecutive elements, no alignment needed.
@@ -20,6 +20,15 @@ namespace {
 template <class T>
 struct Vec;
 
+template <int... kLane>
+struct Lanes {};
+template <int kCount, int... kLane>
+struct FirstLanes : FirstLanes<kCount - 1, kCount - 1, kLane...> {};
+template <int... kLane>
+struct FirstLanes<0, kLane...> {
+  using type = Lanes<kLane...>;
+};
+
 #if defined(MF_AVX512)
 
 template <>
@@ -37,6 +46,7 @@ struct Vec<float> {
   static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  static Reg sqrt(Reg a) { return _mm512_sqrt_ps(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
@@ -60,6 +70,7 @@ struct Vec<double> {
   static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
   static Reg div(Reg a, Reg b) { return _mm512_div_pd(a, b); }
+  static Reg sqrt(Reg a) { return _mm512_sqrt_pd(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
@@ -87,6 +98,7 @@ struct Vec<float> {
   static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
   static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg sqrt(Reg a) { return _mm256_sqrt_ps(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
@@ -120,6 +132,7 @@ struct Vec<double> {
   static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
   static Reg div(Reg a, Reg b) { return _mm256_div_pd(a, b); }
+  static Reg sqrt(Reg a) { return _mm256_sqrt_pd(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
   static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
@@ -161,13 +174,12 @@ struct Vec<float> {
   static Reg sub(Reg a, Reg b) { return vsubq_f32(a, b); }
   static Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
   static Reg div(Reg a, Reg b) { return vdivq_f32(a, b); }
+  static Reg sqrt(Reg a) { return vsqrtq_f32(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static Reg max(Reg a, Reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static Reg round(Reg a) { return vrndnq_f32(a); }
-  static Reg power2(int32x4_t n) {
-    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
-  }
+  static Reg power2(int32x4_t n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23)); }
   static Reg scale2(Reg a, Reg n) {
     const int32x4_t whole = vcvtnq_s32_f32(n), half = vshrq_n_s32(whole, 1);
     return mul(mul(a, power2(half)), power2(vsubq_s32(whole, half)));
@@ -196,13 +208,12 @@ struct Vec<double> {
   static Reg sub(Reg a, Reg b) { return vsubq_f64(a, b); }
   static Reg mul(Reg a, Reg b) { return vmulq_f64(a, b); }
   static Reg div(Reg a, Reg b) { return vdivq_f64(a, b); }
+  static Reg sqrt(Reg a) { return vsqrtq_f64(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f64(c, a, b); }
   static Reg max(Reg a, Reg b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
   static Reg round(Reg a) { return vrndnq_f64(a); }
-  static Reg power2(int64x2_t n) {
-    return vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(n, vdupq_n_s64(1023)), 52));
-  }
+  static Reg power2(int64x2_t n) { return vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(n, vdupq_n_s64(1023)), 52)); }
   static Reg scale2(Reg a, Reg n) {
     const int64x2_t whole = vcvtnq_s64_f64(n), half = vshrq_n_s64(whole, 1);
     return mul(mul(a, power2(half)), power2(vsubq_s64(whole, half)));
@@ -226,6 +237,7 @@ struct ScalarVec {
   static Reg sub(Reg a, Reg b) { return a - b; }
   static Reg mul(Reg a, Reg b) { return a * b; }
   static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg sqrt(Reg a) { return static_cast<T>(__builtin_sqrt(a)); }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
@@ -239,6 +251,42 @@ struct Vec<float> : ScalarVec<float> {};
 template <>
 struct Vec<double> : ScalarVec<double> {};
 
+#endif
+
+// Transposes kLanes vectors of kLanes lanes in registers. Each of log2(kLanes) stages interleaves every vector of the
+// first half with its partner in the second: element bits rotate by one place a stage, until rows and columns have
+// changed places.
+#if defined(MF_SCALAR)
+template <class T>
+inline void transpose(T (&)[1]) {}
+#else
+template <class Reg, int... kLane>
+inline Reg interleave_low(Reg a, Reg b, Lanes<kLane...>) {
+  constexpr int n = sizeof...(kLane);
+  return __builtin_shufflevector(a, b, (kLane % 2 == 0 ? kLane / 2 : n + kLane / 2)...);
+}
+
+template <class Reg, int... kLane>
+inline Reg interleave_high(Reg a, Reg b, Lanes<kLane...>) {
+  constexpr int n = sizeof...(kLane);
+  return __builtin_shufflevector(a, b, (kLane % 2 == 0 ? n / 2 + kLane / 2 : n + n / 2 + kLane / 2)...);
+}
+
+template <class Reg, int kLanes>
+[[gnu::always_inline]] inline void transpose(Reg (&rows)[kLanes]) {
+  using All = typename FirstLanes<kLanes>::type;
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    Reg next[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + kLanes / 2], All());
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + kLanes / 2], All());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
 #endif
 
 // A vector of which only the first n lanes count: n == kLanes for the body, fewer for the last vector of a row. kTail

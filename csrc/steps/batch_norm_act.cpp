@@ -1,5 +1,3 @@
-#include <cmath>
-
 #include "steps/common.h"
 
 namespace mobilenet_fast {
@@ -9,13 +7,7 @@ template <class T>
 class ScaleShiftAct final : public Step {
  public:
   ScaleShiftAct(Isa isa, ImageShape shape, const OptionalTensor& folded, int gate, Activation activation, int x, int y)
-      : kernels_(kernels<T>(isa)),
-        shape_(shape),
-        folded_(folded),
-        gate_(gate),
-        x_(x),
-        y_(y),
-        activation_(activation) {}
+      : kernels_(kernels<T>(isa)), shape_(shape), folded_(folded), gate_(gate), x_(x), y_(y), activation_(activation) {}
 
   void run(const Work& work) const override {
     const T* scale = folded_.has_value() ? folded_->const_data_ptr<T>() : nullptr;
@@ -96,27 +88,11 @@ class AddAct final : public Step {
   int a_, b_, y_;
 };
 
-template <class T>
-at::Tensor fold(const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
-                double eps) {
-  const int64_t channels = mean.size(0);
-  at::Tensor folded = at::empty({2, channels}, mean.options().requires_grad(false));
-  T *scale = folded.data_ptr<T>(), *shift = scale + channels;
-  const auto at = [](const at::Tensor& tensor, int64_t c) {
-    return static_cast<double>(tensor.const_data_ptr<T>()[c * tensor.stride(0)]);
-  };
-  for (int64_t c = 0; c < channels; ++c) {
-    const double s = (weight.has_value() ? at(*weight, c) : 1.0) / std::sqrt(at(var, c) + eps);
-    scale[c] = static_cast<T>(s);
-    shift[c] = static_cast<T>((bias.has_value() ? at(*bias, c) : 0.0) - at(mean, c) * s);
-  }
-  return folded;
-}
-
 }  // namespace
 
-std::unique_ptr<Step> make_scale_shift_act(Isa isa, at::ScalarType dtype, ImageShape shape, const OptionalTensor& folded,
-                                           int gate, Activation activation, int x, int y) {
+std::unique_ptr<Step> make_scale_shift_act(Isa isa, at::ScalarType dtype, ImageShape shape,
+                                           const OptionalTensor& folded, int gate, Activation activation, int x,
+                                           int y) {
   return dispatch(dtype, [&](auto zero) -> std::unique_ptr<Step> {
     return std::make_unique<ScaleShiftAct<decltype(zero)>>(isa, shape, folded, gate, activation, x, y);
   });
@@ -127,12 +103,6 @@ std::unique_ptr<Step> make_add_act(Isa isa, at::ScalarType dtype, int64_t elemen
   return dispatch(dtype, [&](auto zero) -> std::unique_ptr<Step> {
     return std::make_unique<AddAct<decltype(zero)>>(isa, elements, activation, a, b, y);
   });
-}
-
-at::Tensor fold_batch_norm(const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
-                           const OptionalTensor& bias, double eps) {
-  return dispatch(mean.scalar_type(),
-                  [&](auto zero) { return fold<decltype(zero)>(mean, var, weight, bias, eps); });
 }
 
 at::Tensor batch_norm_act(const at::Tensor& input, const at::Tensor& running_mean, const at::Tensor& running_var,
@@ -149,8 +119,8 @@ at::Tensor batch_norm_act(const at::Tensor& input, const at::Tensor& running_mea
   check_vector(kName, "weight", weight, dtype, c);
   check_vector(kName, "bias", bias, dtype, c);
 
-  const at::Tensor folded = fold_batch_norm(running_mean, running_var, weight, bias, eps);
-  const at::MemoryFormat format = input.suggest_memory_format();
+  const at::Tensor folded = fold_batch_norm(running_mean, running_var, weight, bias, eps, chosen);
+  const at::MemoryFormat format = input.is_contiguous() ? at::MemoryFormat::Contiguous : input.suggest_memory_format();
   const at::Tensor x = input.contiguous(format);
   at::Tensor y = at::empty(input.sizes(), input.options().requires_grad(false), format);
   const ImageShape shape{input.size(0), input.size(2), input.size(3), c};

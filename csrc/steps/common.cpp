@@ -66,10 +66,9 @@ at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& w
   return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-Output::Output(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format)
-    : result_(at::empty(sizes, options.requires_grad(false), format)) {
+Output::Output(const at::Tensor& result) : result_(result) {
   const bool same = result_.is_contiguous(at::MemoryFormat::ChannelsLast);
-  dense_ = same ? result_ : at::empty(sizes, result_.options(), at::MemoryFormat::ChannelsLast);
+  dense_ = same ? result_ : at::empty(result_.sizes(), result_.options(), at::MemoryFormat::ChannelsLast);
 }
 
 at::Tensor Output::finish() {
@@ -88,64 +87,92 @@ Buffer buffer_with_strides(const at::Tensor& tensor) {
 namespace {
 
 template <class T>
-at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, Isa isa) {
+const T* data_or_null(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+OptionalTensor dense(const OptionalTensor& tensor) {
+  return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+template <class T>
+void pack_bias(const OptionalTensor& bias, int64_t columns, int64_t padded, T* out) {
+  if (bias.has_value()) std::copy_n(bias->contiguous().template const_data_ptr<T>(), columns, out);
+  std::fill(out + (bias.has_value() ? columns : 0), out + padded, T(0));
+}
+
+template <class T>
+at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa) {
   const Kernels<T>& k = kernels<T>(isa);
-  const int64_t columns = weight.size(0), channels = weight.size(1), taps = weight.size(2) * weight.size(3);
+  const int64_t columns = weight.size(0), depth = weight.numel() / columns;
   const int64_t vectors = (columns + k.lanes - 1) / k.lanes, panels = panel_count(vectors, k.panel_vectors);
-  const int64_t padded = vectors * k.lanes, depth = taps * channels;
-  at::Tensor packed = at::zeros({padded * (1 + depth)}, weight.options().requires_grad(false));
+  const int64_t padded = vectors * k.lanes;
+  at::Tensor packed = at::empty({padded * (1 + depth)}, weight.options().requires_grad(false));
   T* out = packed.data_ptr<T>();
-  if (bias.has_value()) {
-    const at::Tensor b = bias->contiguous();
-    std::copy_n(b.data_ptr<T>(), columns, out);
-  }
-  const at::Tensor w = weight.contiguous();
-  const T* source = w.data_ptr<T>();
-  at::parallel_for(0, panels, std::max<int64_t>(1, (1 << 16) / (1 + depth * k.panel_vectors * k.lanes)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t p = begin; p < end; ++p) {
-                       const int64_t column = panel_first_vector(p, panels, vectors) * k.lanes;
-                       const int64_t width = panel_first_vector(p + 1, panels, vectors) * k.lanes - column;
-                       const int64_t filled = std::min(width, columns - column);
-                       T* panel = out + padded + column * depth;
-                       for (int64_t tap = 0; tap < taps; ++tap) {
-                         for (int64_t c = 0; c < channels; ++c, panel += width) {
-                           const T* from = source + (column * channels + c) * taps + tap;
-                           for (int64_t j = 0; j < filled; ++j) panel[j] = from[j * depth];
-                         }
-                       }
-                     }
-                   });
+  pack_bias(bias, columns, padded, out);
+  const OptionalTensor factors = dense(scale);
+  const T* factor = data_or_null<T>(factors);
+  const bool pointwise = weight.size(2) * weight.size(3) == 1;
+  const at::Tensor rows = (pointwise ? weight : weight.permute({0, 2, 3, 1})).contiguous();
+  const T* source = rows.const_data_ptr<T>();
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (depth * k.panel_vectors * k.lanes));
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t column = panel_first_vector(p, panels, vectors) * k.lanes;
+      const int64_t width = panel_first_vector(p + 1, panels, vectors) * k.lanes - column;
+      k.pack_columns(source + column * depth, std::min(width, columns - column), depth,
+                     factor == nullptr ? nullptr : factor + column, out + padded + column * depth, width);
+    }
+  });
   return packed;
 }
 
 template <class T>
-at::Tensor pack_depthwise_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, Isa isa) {
-  const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
-  const int64_t padded = round_up(channels, kernels<T>(isa).lanes);
-  at::Tensor packed = at::zeros({padded * (1 + taps)}, weight.options().requires_grad(false));
+at::Tensor pack_depthwise_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+                                    Isa isa) {
+  const Kernels<T>& k = kernels<T>(isa);
+  const int64_t channels = weight.size(0), taps = weight.numel() / channels;
+  const int64_t padded = round_up(channels, k.lanes);
+  at::Tensor packed = at::empty({padded * (1 + taps)}, weight.options().requires_grad(false));
   T* out = packed.data_ptr<T>();
-  if (bias.has_value()) {
-    const at::Tensor b = bias->contiguous();
-    std::copy_n(b.data_ptr<T>(), channels, out);
-  }
-  const at::Tensor w = weight.contiguous();
-  const T* source = w.data_ptr<T>();
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    for (int64_t c = 0; c < channels; ++c) out[(1 + tap) * padded + c] = source[c * taps + tap];
-  }
+  pack_bias(bias, channels, padded, out);
+  const OptionalTensor factors = dense(scale);
+  k.pack_columns(weight.contiguous().const_data_ptr<T>(), channels, taps, data_or_null<T>(factors), out + padded,
+                 padded);
   return packed;
+}
+
+template <class T>
+at::Tensor fold_batch_norm_as(const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
+                              const OptionalTensor& bias, double eps, Isa isa) {
+  const int64_t channels = mean.size(0);
+  at::Tensor folded = at::empty({2, channels}, mean.options().requires_grad(false));
+  T* scale = folded.data_ptr<T>();
+  const at::Tensor dense_mean = mean.contiguous(), dense_var = var.contiguous();
+  const OptionalTensor dense_weight = dense(weight), dense_bias = dense(bias);
+  kernels<T>(isa).fold_batch_norm(dense_mean.const_data_ptr<T>(), dense_var.const_data_ptr<T>(),
+                                  data_or_null<T>(dense_weight), data_or_null<T>(dense_bias), static_cast<T>(eps),
+                                  channels, scale, scale + channels);
+  return folded;
 }
 
 }  // namespace
 
-at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, Isa isa) {
-  return dispatch(weight.scalar_type(), [&](auto zero) { return pack_conv2d_as<decltype(zero)>(weight, bias, isa); });
+at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa) {
+  return dispatch(weight.scalar_type(),
+                  [&](auto zero) { return pack_conv2d_as<decltype(zero)>(weight, bias, scale, isa); });
 }
 
-at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, Isa isa) {
+at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+                                 Isa isa) {
   return dispatch(weight.scalar_type(),
-                  [&](auto zero) { return pack_depthwise_conv2d_as<decltype(zero)>(weight, bias, isa); });
+                  [&](auto zero) { return pack_depthwise_conv2d_as<decltype(zero)>(weight, bias, scale, isa); });
+}
+
+at::Tensor fold_batch_norm(const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
+                           const OptionalTensor& bias, double eps, Isa isa) {
+  return dispatch(mean.scalar_type(),
+                  [&](auto zero) { return fold_batch_norm_as<decltype(zero)>(mean, var, weight, bias, eps, isa); });
 }
 
 }  // namespace mobilenet_fast

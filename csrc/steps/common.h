@@ -27,11 +27,13 @@ std::string shape_string(at::IntArrayRef sizes);
 
 // The format that F.conv2d gives its output.
 at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
-// The output of an operator that computes in N × H × W × C order: `dense` is what it writes, finish() gives the tensor in the
-// format asked for.
+// The output of an operator that computes in N × H × W × C order: `dense` is what it writes, finish() gives the tensor
+// in the layout asked for.
 class Output {
  public:
-  Output(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format);
+  explicit Output(const at::Tensor& result);
+  Output(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format)
+      : Output(at::empty(sizes, options.requires_grad(false), format)) {}
   const at::Tensor& dense() const { return dense_; }
   at::Tensor finish();
 
@@ -57,15 +59,16 @@ constexpr at::ScalarType scalar_type() {
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// A convolution's weight and bias as the GEMM kernel reads them (see GemmArgs): the bias padded to whole vectors, then the
-// panels. `weight` is (K, C, kH, kW); the depth runs over kH, kW, C. One layout serves every input shape.
-at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, Isa isa);
+// A convolution's weight and bias as the GEMM kernel reads them (see GemmArgs): the bias padded to whole vectors, then
+// the panels. `weight` is (K, C, kH, kW); the depth runs over kH, kW, C. One layout serves every input shape. Output
+// channels are multiplied by `scale`, where given.
+at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa);
 // A depthwise convolution's: the bias, then the taps, each padded to whole vectors. `weight` is (C, 1, kH, kW).
-at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, Isa isa);
-
-// Batch norm as a scale and a shift, (2, C), folded in float64.
+at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+                                 Isa isa);
+// Batch norm as a scale and a shift, (2, C).
 at::Tensor fold_batch_norm(const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
-                           const OptionalTensor& bias, double eps);
+                           const OptionalTensor& bias, double eps, Isa isa);
 
 struct Window {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
@@ -88,16 +91,19 @@ std::unique_ptr<Step> make_conv2d(Isa isa, ImageShape x_shape, ImageShape y_shap
 std::unique_ptr<Step> make_depthwise_conv2d(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed,
                                             Window window, Activation activation, int x, int y, int sums);
 int64_t depthwise_sum_parts(int64_t out_height);
-// gate = gate_activation(fc2(squeeze_activation(fc1(mean of x)))), (N, C). The mean is taken from `sums`, (N, parts, C),
-// where sums >= 0, and else from x.
-std::unique_ptr<Step> make_squeeze_excite(Isa isa, ImageShape x_shape, int64_t squeeze_channels,
-                                          const at::Tensor& packed1, const at::Tensor& packed2,
-                                          Activation squeeze_activation, Activation gate_activation, int x, int sums,
+// gate = gate_activation(fc2(squeeze_activation(fc1(mean of x)))), (N, C). The mean is taken from `sums`, (N, parts,
+// C), where sums >= 0, and else from x. Weights are torch's own, dense: (S, C) and (C, S).
+struct Layer {
+  at::Tensor weight;
+  OptionalTensor bias;
+  Activation activation;
+};
+std::unique_ptr<Step> make_squeeze_excite(Isa isa, ImageShape x_shape, Layer squeeze, Layer excite, int x, int sums,
                                           int64_t parts, int gate);
-// y = activation(x · scale + shift). Scale and shift are the rows of `folded`, (2, C), where given; else the scale is the
-// value `gate`, (N, C), where >= 0; what is missing is 1 and 0.
-std::unique_ptr<Step> make_scale_shift_act(Isa isa, at::ScalarType dtype, ImageShape shape, const OptionalTensor& folded,
-                                           int gate, Activation activation, int x, int y);
+// y = activation(x · scale + shift). Scale and shift are the rows of `folded`, (2, C), where given; else the scale is
+// the value `gate`, (N, C), where >= 0; what is missing is 1 and 0.
+std::unique_ptr<Step> make_scale_shift_act(Isa isa, at::ScalarType dtype, ImageShape shape,
+                                           const OptionalTensor& folded, int gate, Activation activation, int x, int y);
 // y = activation(a + b), elementwise.
 std::unique_ptr<Step> make_add_act(Isa isa, at::ScalarType dtype, int64_t elements, Activation activation, int a, int b,
                                    int y);
@@ -108,10 +114,11 @@ std::unique_ptr<Step> make_global_avg_pool(Isa isa, at::ScalarType dtype, ImageS
 // The eager operators, as bound to Python and registered with torch.library.
 at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                            const std::string& activation, const std::optional<std::string>& isa);
+                            const std::string& activation, const OptionalTensor& scale,
+                            const std::optional<std::string>& isa);
 at::Tensor pointwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                             const std::string& activation, const OptionalTensor& gate, const OptionalTensor& residual,
-                            const std::optional<std::string>& isa);
+                            const OptionalTensor& scale, const std::optional<std::string>& isa);
 at::Tensor batch_norm_act(const at::Tensor& input, const at::Tensor& running_mean, const at::Tensor& running_var,
                           const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                           const std::string& activation, const std::optional<std::string>& isa);

@@ -1,7 +1,8 @@
 // Dense convolution as a matrix product without an im2col buffer: the input rows that a block of output rows reads are
 // copied, padded with zeros, into a strip of scratch memory, in which the taps of one kernel row and all channels are
 // consecutive; the GEMM then walks one output row a call, one chunk a kernel row. The copy also accepts any strides, so
-// a contiguous image needs no conversion of its own. Without padding, dilation or odd strides the input is read in place.
+// a contiguous image needs no conversion of its own. Without padding, dilation or odd strides the input is read in
+// place.
 #include "steps/common.h"
 
 namespace mobilenet_fast {

@@ -101,7 +101,8 @@ std::unique_ptr<Step> make_depthwise_conv2d(Isa isa, ImageShape x_shape, ImageSh
 
 at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                            const std::string& activation, const std::optional<std::string>& isa) {
+                            const std::string& activation, const OptionalTensor& scale,
+                            const std::optional<std::string>& isa) {
   constexpr const char* kName = "depthwise_conv2d";
   const Activation act = parse_activation(kName, activation);
   const Isa chosen = choose_isa(kName, isa);
@@ -115,6 +116,7 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
   TORCH_CHECK_VALUE(weight.size(2) > 0 && weight.size(3) > 0, kName, ": weight must have kH and kW of at least 1, got ",
                     shape_string(weight.sizes()));
   check_vector(kName, "bias", bias, dtype, k);
+  check_vector(kName, "scale", scale, dtype, k);
   const auto pair = [&](const char* name, at::IntArrayRef values, int64_t least) {
     TORCH_CHECK_VALUE(values.size() == 1 || values.size() == 2, kName, ": ", name, " must be one number or two, got ",
                       values.size());
@@ -135,9 +137,8 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
   Output y({n, k, out_h, out_w}, input.options(), conv_memory_format(input, weight));
   // A channel multiplier repeats each input channel, so that input and output channels correspond.
   const at::Tensor x = as_channels_last(k == c ? input : input.repeat_interleave(k / c, 1));
-  const at::Tensor packed = pack_depthwise_conv2d(weight, bias, chosen);
-  const Window window{weight.size(2), weight.size(3), stride_h,   stride_w,
-                      pad_h,          pad_w,          dilation_h, dilation_w};
+  const at::Tensor packed = pack_depthwise_conv2d(weight, bias, scale, chosen);
+  const Window window{weight.size(2), weight.size(3), stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w};
   run_step(*make_depthwise_conv2d(chosen, {n, h, w, k}, {n, out_h, out_w, k}, packed, window, act, 0, 1, -1),
            {buffer_of(x), buffer_of(y.dense())});
   return y.finish();

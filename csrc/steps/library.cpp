@@ -9,14 +9,14 @@ namespace {
 
 at::Tensor depthwise_conv2d_op(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                               c10::string_view activation) {
-  return depthwise_conv2d(input, weight, bias, stride, padding, dilation, std::string(activation), std::nullopt);
+                               c10::string_view activation, const OptionalTensor& scale) {
+  return depthwise_conv2d(input, weight, bias, stride, padding, dilation, std::string(activation), scale, std::nullopt);
 }
 
 at::Tensor pointwise_conv2d_op(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                               c10::string_view activation, const OptionalTensor& gate,
-                               const OptionalTensor& residual) {
-  return pointwise_conv2d(input, weight, bias, std::string(activation), gate, residual, std::nullopt);
+                               c10::string_view activation, const OptionalTensor& gate, const OptionalTensor& residual,
+                               const OptionalTensor& scale) {
+  return pointwise_conv2d(input, weight, bias, std::string(activation), gate, residual, scale, std::nullopt);
 }
 
 at::Tensor batch_norm_act_op(const at::Tensor& input, const at::Tensor& running_mean, const at::Tensor& running_var,
@@ -37,11 +37,11 @@ at::Tensor squeeze_excite_op(const at::Tensor& input, const at::Tensor& weight1,
 TORCH_LIBRARY(mobilenet_fast, m) {
   m.def(
       "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] "
-      "dilation=1, str activation=\"none\") -> Tensor",
+      "dilation=1, str activation=\"none\", Tensor? scale=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "pointwise_conv2d(Tensor input, Tensor weight, Tensor? bias=None, str activation=\"none\", Tensor? gate=None, "
-      "Tensor? residual=None) -> Tensor",
+      "Tensor? residual=None, Tensor? scale=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "batch_norm_act(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight=None, Tensor? bias=None, "

@@ -111,7 +111,7 @@ std::unique_ptr<Step> make_pointwise_conv2d(Isa isa, ImageShape x_shape, int64_t
 
 at::Tensor pointwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                             const std::string& activation, const OptionalTensor& gate, const OptionalTensor& residual,
-                            const std::optional<std::string>& isa) {
+                            const OptionalTensor& scale, const std::optional<std::string>& isa) {
   constexpr const char* kName = "pointwise_conv2d";
   const Activation act = parse_activation(kName, activation);
   const Isa chosen = choose_isa(kName, isa);
@@ -123,20 +123,23 @@ at::Tensor pointwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
   TORCH_CHECK_VALUE(k > 0 && weight.size(1) == c && weight.size(2) == 1 && weight.size(3) == 1, kName,
                     ": weight must be (K, C, 1, 1) with C=", c, ", got ", shape_string(weight.sizes()));
   check_vector(kName, "bias", bias, dtype, k);
+  check_vector(kName, "scale", scale, dtype, k);
   if (gate.has_value()) {
     check_tensor(kName, "gate", *gate, dtype, 4);
-    TORCH_CHECK_VALUE(gate->sizes() == at::IntArrayRef({n, c, 1, 1}), kName, ": gate must be (N, C, 1, 1) = ",
-                      shape_string({n, c, 1, 1}), ", got ", shape_string(gate->sizes()));
+    TORCH_CHECK_VALUE(gate->sizes() == at::IntArrayRef({n, c, 1, 1}), kName,
+                      ": gate must be (N, C, 1, 1) = ", shape_string({n, c, 1, 1}), ", got ",
+                      shape_string(gate->sizes()));
   }
   if (residual.has_value()) {
     check_tensor(kName, "residual", *residual, dtype, 4);
-    TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef({n, k, h, w}), kName, ": residual must be (N, K, H, W) = ",
-                      shape_string({n, k, h, w}), ", got ", shape_string(residual->sizes()));
+    TORCH_CHECK_VALUE(residual->sizes() == at::IntArrayRef({n, k, h, w}), kName,
+                      ": residual must be (N, K, H, W) = ", shape_string({n, k, h, w}), ", got ",
+                      shape_string(residual->sizes()));
   }
 
   Output y({n, k, h, w}, input.options(), conv_memory_format(input, weight));
   const at::Tensor x = as_channels_last(input);
-  const at::Tensor packed = pack_conv2d(weight, bias, chosen);
+  const at::Tensor packed = pack_conv2d(weight, bias, scale, chosen);
   std::vector<Buffer> buffers = {buffer_of(x), buffer_of(y.dense())};
   at::Tensor gate_dense, residual_dense;
   int gate_index = -1, residual_index = -1;

@@ -26,33 +26,25 @@ void channel_means(const Kernels<T>& kernels, const Team& team, ImageShape shape
   }
 }
 
-// One row an image through a fully connected layer, this thread's panels of it.
+// One row an image through a fully connected layer: this thread's share of the outputs.
 template <class T>
-void fully_connected(const Kernels<T>& kernels, const Team& team, const T* x, int64_t images, int64_t channels,
-                     const at::Tensor& packed, int64_t out_channels, Activation activation, T* y) {
-  const int64_t vectors = (out_channels + kernels.lanes - 1) / kernels.lanes;
-  const Range panels = team.share(panel_count(vectors, kernels.panel_vectors));
-  if (images == 0 || panels.size() == 0) return;
-  const int64_t offset = 0;
-  const T* bias = packed.const_data_ptr<T>();
-  kernels.gemm({x, channels, images, &offset, 1, channels, bias + vectors * kernels.lanes, bias, out_channels,
-                panels.begin, panels.end, nullptr, 0, y, out_channels, images, activation});
+void run_layer(const Kernels<T>& kernels, const Team& team, const T* x, int64_t images, const Layer& layer, T* y) {
+  const int64_t out_channels = layer.weight.size(0), channels = layer.weight.size(1);
+  const Range range = team.share(out_channels);
+  kernels.fully_connected(x, images, channels, layer.weight.const_data_ptr<T>(),
+                          layer.bias.has_value() ? layer.bias->const_data_ptr<T>() : nullptr, range.begin, range.end,
+                          out_channels, layer.activation, y);
 }
 
 template <class T>
 class SqueezeExcite final : public Step {
  public:
-  SqueezeExcite(Isa isa, ImageShape x_shape, int64_t squeeze_channels, const at::Tensor& packed1,
-                const at::Tensor& packed2, Activation squeeze_activation, Activation gate_activation, int x, int sums,
-                int64_t parts, int gate)
+  SqueezeExcite(Isa isa, ImageShape x_shape, Layer squeeze, Layer excite, int x, int sums, int64_t parts, int gate)
       : kernels_(kernels<T>(isa)),
         shape_(x_shape),
-        squeeze_channels_(squeeze_channels),
+        squeeze_(std::move(squeeze)),
+        excite_(std::move(excite)),
         parts_(parts),
-        packed1_(packed1),
-        packed2_(packed2),
-        squeeze_activation_(squeeze_activation),
-        gate_activation_(gate_activation),
         x_(x),
         sums_(sums),
         gate_(gate) {}
@@ -62,15 +54,13 @@ class SqueezeExcite final : public Step {
     T* squeezed = means + shape_.n * shape_.c;
     channel_means(kernels_, work.team, shape_, work.buffer<T>(x_), work.buffer<T>(sums_), parts_, means);
     work.team.sync();
-    fully_connected(kernels_, work.team, means, shape_.n, shape_.c, packed1_, squeeze_channels_, squeeze_activation_,
-                    squeezed);
+    run_layer(kernels_, work.team, means, shape_.n, squeeze_, squeezed);
     work.team.sync();
-    fully_connected(kernels_, work.team, squeezed, shape_.n, squeeze_channels_, packed2_, shape_.c, gate_activation_,
-                    work.buffer<T>(gate_));
+    run_layer(kernels_, work.team, squeezed, shape_.n, excite_, work.buffer<T>(gate_));
   }
 
   size_t shared_scratch_bytes() const override {
-    return static_cast<size_t>(shape_.n * (shape_.c + squeeze_channels_)) * sizeof(T);
+    return static_cast<size_t>(shape_.n * (shape_.c + squeeze_.weight.size(0))) * sizeof(T);
   }
 
   std::string describe() const override {
@@ -80,9 +70,8 @@ class SqueezeExcite final : public Step {
  private:
   const Kernels<T>& kernels_;
   ImageShape shape_;
-  int64_t squeeze_channels_, parts_;
-  at::Tensor packed1_, packed2_;
-  Activation squeeze_activation_, gate_activation_;
+  Layer squeeze_, excite_;
+  int64_t parts_;
   int x_, sums_, gate_;
 };
 
@@ -158,13 +147,16 @@ class Pair final : public Step {
 
 }  // namespace
 
-std::unique_ptr<Step> make_squeeze_excite(Isa isa, ImageShape x_shape, int64_t squeeze_channels,
-                                          const at::Tensor& packed1, const at::Tensor& packed2,
-                                          Activation squeeze_activation, Activation gate_activation, int x, int sums,
+std::unique_ptr<Step> make_squeeze_excite(Isa isa, ImageShape x_shape, Layer squeeze, Layer excite, int x, int sums,
                                           int64_t parts, int gate) {
-  return dispatch(packed1.scalar_type(), [&](auto zero) -> std::unique_ptr<Step> {
-    return std::make_unique<SqueezeExcite<decltype(zero)>>(isa, x_shape, squeeze_channels, packed1, packed2,
-                                                           squeeze_activation, gate_activation, x, sums, parts, gate);
+  const auto dense_layer = [](Layer layer) {
+    layer.weight = layer.weight.reshape({layer.weight.size(0), layer.weight.size(1)}).contiguous();
+    if (layer.bias.has_value()) layer.bias = layer.bias->contiguous();
+    return layer;
+  };
+  return dispatch(squeeze.weight.scalar_type(), [&](auto zero) -> std::unique_ptr<Step> {
+    return std::make_unique<SqueezeExcite<decltype(zero)>>(isa, x_shape, dense_layer(squeeze), dense_layer(excite), x,
+                                                           sums, parts, gate);
   });
 }
 
@@ -190,32 +182,34 @@ at::Tensor squeeze_excite(const at::Tensor& input, const at::Tensor& weight1, co
   TORCH_CHECK_VALUE(s > 0 && weight1.sizes() == at::IntArrayRef({s, c, 1, 1}), kName,
                     ": weight1 must be (S, C, 1, 1) with C=", c, ", got ", shape_string(weight1.sizes()));
   check_tensor(kName, "weight2", weight2, dtype, 4);
-  TORCH_CHECK_VALUE(weight2.sizes() == at::IntArrayRef({c, s, 1, 1}), kName, ": weight2 must be (C, S, 1, 1) = ",
-                    shape_string({c, s, 1, 1}), ", got ", shape_string(weight2.sizes()));
+  TORCH_CHECK_VALUE(weight2.sizes() == at::IntArrayRef({c, s, 1, 1}), kName,
+                    ": weight2 must be (C, S, 1, 1) = ", shape_string({c, s, 1, 1}), ", got ",
+                    shape_string(weight2.sizes()));
   check_vector(kName, "bias1", bias1, dtype, s);
   check_vector(kName, "bias2", bias2, dtype, c);
 
-  const at::MemoryFormat format = input.suggest_memory_format();
-  const at::Tensor x = input.contiguous(format);
-  at::Tensor y = at::empty(input.sizes(), input.options().requires_grad(false), format);
+  // The layout that input * gate has; planes where it is contiguous, else N × H × W × C.
+  const bool planes = input.is_contiguous();
+  const at::TensorOptions options = input.options().requires_grad(false);
+  const at::Tensor result = planes ? at::empty(input.sizes(), options) : at::empty_like(input, options);
   const ImageShape shape{input.size(0), input.size(2), input.size(3), c};
-  const at::Tensor packed1 = pack_conv2d(weight1, bias1, chosen), packed2 = pack_conv2d(weight2, bias2, chosen);
-  const at::Tensor gate = at::empty({shape.n, c}, y.options());
-  const bool planes = format != at::MemoryFormat::ChannelsLast;
-  auto gate_step = make_squeeze_excite(chosen, shape, s, packed1, packed2, squeeze_act, gate_act, planes ? -1 : 0,
-                                       planes ? 3 : -1, 1, 2);
+  const at::Tensor gate = at::empty({shape.n, c}, options);
+  auto gate_step = make_squeeze_excite(chosen, shape, {weight1, bias1, squeeze_act}, {weight2, bias2, gate_act},
+                                       planes ? -1 : 0, planes ? 3 : -1, 1, 2);
   if (planes) {
-    const at::Tensor sums = at::empty({shape.n, c}, y.options());
+    const at::Tensor sums = at::empty({shape.n, c}, options);
     dispatch(dtype, [&](auto zero) {
       run_step(SqueezeExcitePlanes<decltype(zero)>(chosen, shape, std::move(gate_step)),
-               {buffer_of(x), buffer_of(y), buffer_of(gate), buffer_of(sums)});
+               {buffer_of(input), buffer_of(result), buffer_of(gate), buffer_of(sums)});
     });
-  } else {
-    run_step(Pair(std::move(gate_step),
-                  make_scale_shift_act(chosen, dtype, shape, std::nullopt, 2, Activation::kNone, 0, 1)),
-             {buffer_of(x), buffer_of(y), buffer_of(gate)});
+    return result;
   }
-  return y;
+  const at::Tensor x = as_channels_last(input);
+  Output y(result);
+  run_step(
+      Pair(std::move(gate_step), make_scale_shift_act(chosen, dtype, shape, std::nullopt, 2, Activation::kNone, 0, 1)),
+      {buffer_of(x), buffer_of(y.dense()), buffer_of(gate)});
+  return y.finish();
 }
 
 }  // namespace mobilenet_fast

@@ -253,7 +253,9 @@ class _Lowering:
                 if fx_node not in self.env:
                     self.env[fx_node] = Constant(self.capture.inputs_to_constants[fx_node.name])
             elif fx_node.op == "output":
-                outputs = [self.value(item) for item in pytree.tree_leaves(fx_node.args[0], is_leaf=lambda x: x is None)]
+                outputs = [
+                    self.value(item) for item in pytree.tree_leaves(fx_node.args[0], is_leaf=lambda x: x is None)
+                ]
             elif fx_node.op == "call_function":
                 self.call(fx_node)
             else:

@@ -254,7 +254,9 @@ def _leaf_key(leaf: Any) -> Any:
 
 
 def _memory_format(tensors: list[torch.Tensor]) -> torch.memory_format:
-    last = any(t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors)
+    last = any(
+        t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors
+    )
     return torch.channels_last if last else torch.contiguous_format
 
 

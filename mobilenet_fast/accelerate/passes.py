@@ -12,7 +12,6 @@ from dataclasses import replace
 from .graph import Graph, Node
 
 
-
 def optimise(graph: Graph) -> Graph:
     for rewrite in (
         recognise_activations,
@@ -142,7 +141,6 @@ def recognise_squeeze_excite(graph: Graph) -> None:
         gate.attrs = {
             "weights1": first.attrs["weights"],
             "weights2": second.attrs["weights"],
-            "squeeze_channels": first.shape[1],
             "squeeze_activation": squeeze.activation,
             "gate_activation": gate.activation,
         }

@@ -287,9 +287,7 @@ class _Builder:
                 "x": ids[x],
             }
             if is_depthwise(node):
-                return lambda engine: engine.add_depthwise_conv2d(
-                    **shared, y=ids[node], sums=self.sums.get(node, -1)
-                )
+                return lambda engine: engine.add_depthwise_conv2d(**shared, y=ids[node], sums=self.sums.get(node, -1))
             residual = node.inputs[1] if attrs.get("residual") else None
             return lambda engine: engine.add_conv2d(
                 **shared, y=ids[node], residual=-1 if residual is None else ids[residual]
@@ -299,13 +297,16 @@ class _Builder:
             source = {"x": ids[x], "sums": sums, "parts": _C.depthwise_sum_parts(x.shape[2]) if sums >= 0 else 0}
             if node.op == "global_avg_pool":
                 return lambda engine: engine.add_global_avg_pool(isa=isa, x_shape=x.shape, **source, y=ids[node])
-            packed1, packed2 = self.pack(attrs["weights1"]), self.pack(attrs["weights2"])
+            (weight1, bias1), (weight2, bias2) = (
+                fold(attrs[w], self.graph.constants) for w in ("weights1", "weights2")
+            )
             return lambda engine: engine.add_squeeze_excite(
                 isa=isa,
                 x_shape=x.shape,
-                squeeze_channels=attrs["squeeze_channels"],
-                packed1=packed1,
-                packed2=packed2,
+                weight1=weight1,
+                bias1=bias1,
+                weight2=weight2,
+                bias2=bias2,
                 squeeze_activation=attrs["squeeze_activation"],
                 gate_activation=attrs["gate_activation"],
                 **source,

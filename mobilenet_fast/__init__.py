@@ -1,0 +1,43 @@
+"""Faster layers for the MobileNet family, and one call that makes an existing model fast.
+
+``accelerate(model)`` gives a fast inference version of a model; ``replace_layers(model)`` puts this package's layers
+into it. ``functional``, ``nn`` and ``models`` are what their namesakes in torch and torchvision are.
+``MOBILENET_FAST_ISA=scalar|avx2|avx512|neon`` caps the instruction set that the CPU kernels use.
+"""
+# ruff: noqa: E402  the compiled part is checked before anything imports it, so that one clear line tells what is wrong
+
+import importlib
+
+import torch
+
+
+def _import_compiled():
+    rebuild = "in a checkout of mobilenet_fast, with torch installed, run `pip install --no-build-isolation .`"
+    missing = f"mobilenet_fast: its compiled part is missing: {rebuild}"
+    try:
+        from mobilenet_fast._build_info import TORCH_VERSION as built_for
+    except ImportError:
+        raise ImportError(missing) from None
+    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
+        raise ImportError(f"mobilenet_fast: built for torch {built_for}, found torch {torch.__version__}: {rebuild}")
+    try:
+        compiled = importlib.import_module("mobilenet_fast._C")
+    except ModuleNotFoundError:
+        raise ImportError(missing) from None
+    except ImportError as error:
+        raise ImportError(f"mobilenet_fast: its compiled part does not load ({error}): {rebuild}") from None
+    try:
+        compiled.cpu_isa()
+    except ValueError as error:  # MOBILENET_FAST_ISA
+        raise ImportError(f"mobilenet_fast: {error}") from None
+    return compiled
+
+
+cpu_isa = _import_compiled().cpu_isa
+
+from mobilenet_fast import functional, models, nn
+from mobilenet_fast.accelerate import accelerate
+from mobilenet_fast.replace import replace_layers, restore_layers
+
+__version__ = "0.1.0"
+__all__ = ["accelerate", "cpu_isa", "functional", "models", "nn", "replace_layers", "restore_layers"]

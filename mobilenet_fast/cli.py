@@ -1,0 +1,163 @@
+"""``python -m mobilenet_fast classify IMAGE…`` names photographs; ``info`` says what the package runs on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from importlib.metadata import version
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+import mobilenet_fast
+from mobilenet_fast import models
+
+IMAGENET_MEAN_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+MEAN_STD = {"efficientnet_lite0": ((127,) * 3, (128,) * 3)}  # others have torchvision's
+
+
+def class_names() -> list[str]:
+    """The names of the 1000 ImageNet classes (see data/README.md for their source and licence)."""
+    return files("mobilenet_fast").joinpath("data/imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
+
+
+def read_picture(path: Path | str, model: str = "efficientnet_lite0", size: int = 224) -> Tensor:
+    """The centre square of a picture as a (3, size, size) float32 tensor, normalised as the model was trained.
+
+    Raises:
+        ValueError: the picture has more than 8 bits a channel.
+        OSError: Pillow can't read the file; broken files can raise other errors as well.
+    """
+    from PIL import Image, ImageOps
+
+    if Path(path).is_dir():
+        raise ValueError("no pictures in this folder")
+    with Image.open(path) as picture:
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError(f"pictures of mode {picture.mode} (more than 8 bits a channel) are not supported")
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in MEAN_STD.get(model, IMAGENET_MEAN_STD))
+    return ((pixels - mean) / std).contiguous()
+
+
+def best_classes(logits: Tensor, count: int) -> list[tuple[str, float]]:
+    """The names and probabilities of the most likely classes of one picture."""
+    top = logits.softmax(-1).topk(min(count, logits.numel()))
+    names = class_names()
+    return [(names[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+
+
+def find_pictures(paths: list[str]) -> list[Path]:
+    """The files named, and those with a picture's suffix in the folders named; an empty folder stays in the list."""
+    from PIL import Image
+
+    suffixes = Image.registered_extensions()
+    found = []
+    for path in map(Path, paths):
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes) if path.is_dir() else []
+        found += inside or [path]
+    return found
+
+
+def complain(message: str):
+    print(f"mobilenet_fast: {message}", file=sys.stderr)
+
+
+def with_progress(items: list):
+    """Shows on a terminal's stderr how far a long list has come."""
+    if len(items) < 10 or not sys.stderr.isatty():
+        yield from items
+    elif find_spec("tqdm"):
+        from tqdm import tqdm
+
+        yield from tqdm(items, unit="picture", leave=False)
+    else:
+        for done, item in enumerate(items):
+            print(f"\r{done}/{len(items)} pictures", end="", file=sys.stderr, flush=True)
+            yield item
+        print("\r\033[K", end="", file=sys.stderr)
+
+
+def load_model(name: str, weights: str | None) -> torch.nn.Module:
+    if weights is None and name != "efficientnet_lite0":
+        raise SystemExit(f"mobilenet_fast: {name} needs --weights FILE, a state dict with torchvision's keys")
+    try:
+        return models.create_model(name, weights=weights or "imagenet").eval()
+    except (ImportError, OSError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise SystemExit(f"mobilenet_fast: can't load {name}: {error}") from None
+
+
+def classify(options) -> int:
+    if not find_spec("PIL"):
+        raise SystemExit("mobilenet_fast: classify needs Pillow: pip install pillow")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    fast = mobilenet_fast.accelerate(load_model(options.model, options.weights), (torch.zeros(1, 3, 224, 224),))
+    failures = 0
+    for path in with_progress(find_pictures(options.images)):
+        try:
+            picture = read_picture(path, options.model)
+        except Exception as error:  # decoders of broken files raise anything
+            complain(f"{path}: skipped: {error}")
+            failures += 1
+            continue
+        lines = [f"{100 * p:6.2f} %  {name}" for name, p in best_classes(fast(picture[None])[0], options.top)]
+        print(path, *lines, sep="\n", flush=True)
+    return int(failures > 0)
+
+
+def info(options) -> int:
+    from mobilenet_fast import _C
+
+    cap = os.environ.get("MOBILENET_FAST_ISA")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        "mobilenet_fast": mobilenet_fast.__version__,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "instruction sets": ", ".join(_C.available_isas()),
+        "used": mobilenet_fast.cpu_isa() + (f" (MOBILENET_FAST_ISA={cap})" if cap else ""),
+        "threads": torch.get_num_threads(),
+        "Triton": version("triton") if find_spec("triton") else "not installed",
+        "GPU": ", ".join(gpus) or "none",
+    }
+    for name, value in facts.items():
+        print(f"{name:<18}{value}")
+    return 0
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("mobilenet_fast", description=mobilenet_fast.__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("classify", help="name what is in pictures")
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders of them")
+    command.add_argument("--model", default="efficientnet_lite0", choices=models.list_models())
+    command.add_argument("--weights", metavar="FILE", help="a state dict with the model's weights")
+    command.add_argument("--top", type=positive, default=5, help="how many classes to print (%(default)s)")
+    command.add_argument("--threads", type=positive, help="default: as many as torch uses")
+    command.set_defaults(run=classify)
+
+    command = commands.add_parser("info", help="versions, instruction sets, threads, devices")
+    command.set_defaults(run=info)
+
+    options = parser.parse_args(arguments)
+    return options.run(options)

@@ -1,0 +1,230 @@
+"""The operations as functions, named and ordered as in `torch.nn.functional`, plus ``activation=`` and ``backend=``.
+
+float32 and float64 tensors on the CPU run in the C++ kernels, everything else in the plain PyTorch of
+`mobilenet_fast.reference`. ``backend="cpp"`` insists on the kernels and ``backend="reference"`` on PyTorch.
+
+**Error.** With eps of the dtype and n the number of terms of an output's sum, an output differs from its exact value
+by at most 4 · n · eps times the sum of its terms' magnitudes.
+
+**Raises.** ValueError for a shape, value, device or backend that an operation can't take; TypeError for a dtype that
+it can't, or one unlike the input's; NotImplementedError where ``backend="cpp"`` has no kernel for a valid input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from . import _C, ops, reference  # noqa: F401  ops completes the operators
+
+__all__ = ["batch_norm_act", "depthwise_conv2d", "pointwise_conv2d", "squeeze_excite"]
+
+_KERNEL_DTYPES = (torch.float32, torch.float64)
+_PLAIN_TYPES = (Tensor, Parameter)
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    *,
+    activation: str = "none",
+    backend: str | None = None,
+) -> Tensor:
+    """One filter, or M, for each channel.
+
+    ``activation(F.conv2d(input, weight, bias, stride, padding, dilation, groups=C))``
+
+    Args:
+        input: (N, C, H, W) of any strides.
+        weight: (C·M, 1, kH, kW); channel c is filtered by weights c·M … c·M + M - 1.
+        bias: (C·M,).
+        stride, padding, dilation: one number or (vertical, horizontal); ``padding`` also "same" or "valid".
+        activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
+        backend: None, "cpp" or "reference".
+
+    Returns:
+        (N, C·M, H', W'), channels_last if input or weight is, as from ``F.conv2d``; a sum of kH·kW + 1 terms.
+
+    MobileNets (Howard et al., 2017, arXiv:1704.04861), section 3.1.
+    """
+    stride, dilation = reference.pair(stride), reference.pair(dilation)
+    if isinstance(padding, str):
+        input, padding = _pad_for(padding, input, weight, stride, dilation)
+    else:
+        padding = reference.pair(padding)
+    run = _implementation("depthwise_conv2d", backend, input, weight, bias)
+    return run(input, weight, bias, stride, padding, dilation, activation)
+
+
+def pointwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """1x1 convolution with what surrounds it in a block.
+
+    ``activation(F.conv2d(input * gate, weight, bias) + residual)``
+
+    Args:
+        input: (N, C, H, W) of any strides.
+        weight: (K, C, 1, 1).
+        bias: (K,).
+        activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
+        gate: (N, C, 1, 1), a factor for each input channel, such as a squeeze-excite's.
+        residual: (N, K, H, W), added before the activation.
+        backend: None, "cpp" or "reference".
+
+    Returns:
+        (N, K, H, W), channels_last if input or weight is, as from ``F.conv2d``; a sum of C + 2 terms.
+
+    MobileNets (Howard et al., 2017, arXiv:1704.04861), section 3.1; MobileNetV3 (Howard et al., 2019,
+    arXiv:1905.02244), figure 4.
+    """
+    run = _implementation("pointwise_conv2d", backend, input, weight, bias, gate, residual)
+    return run(input, weight, bias, activation, gate, residual)
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
+    backend: str | None = None,
+) -> Tensor:
+    """Batch norm by running statistics, as in evaluation.
+
+    ``activation(F.batch_norm(input, running_mean, running_var, weight, bias, eps=eps))``
+
+    Args:
+        input: (N, C, H, W) of any strides.
+        running_mean, running_var, weight, bias: (C,).
+        eps: added to the variance.
+        activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
+        backend: None, "cpp" or "reference".
+
+    Returns:
+        (N, C, H, W), in the layout that ``F.batch_norm`` gives; a sum of 3 terms.
+
+    Batch Normalization (Ioffe and Szegedy, 2015, arXiv:1502.03167), section 3.1.
+    """
+    run = _implementation("batch_norm_act", backend, input, running_mean, running_var, weight, bias)
+    return run(input, running_mean, running_var, weight, bias, eps, activation)
+
+
+def squeeze_excite(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    squeeze_activation: str = "relu",
+    gate_activation: str = "hardsigmoid",
+    backend: str | None = None,
+) -> Tensor:
+    """Channels weighed by a small network on their means.
+
+    ``input * gate(F.conv2d(squeeze(F.conv2d(mean, weight1, bias1)), weight2, bias2))`` with
+    ``mean = input.mean((2, 3), keepdim=True)``
+
+    Args:
+        input: (N, C, H, W) of any strides.
+        weight1, bias1: (S, C, 1, 1), (S,).
+        weight2, bias2: (C, S, 1, 1), (C,).
+        squeeze_activation, gate_activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
+        backend: None, "cpp" or "reference".
+
+    Returns:
+        (N, C, H, W), in the layout that ``input * gate`` gives; sums of H·W, C + 1 and S + 1 terms, one after another.
+
+    Squeeze-and-Excitation Networks (Hu et al., 2018, arXiv:1709.01507), section 3; hard gate: MobileNetV3
+    (arXiv:1905.02244), section 5.3.
+    """
+    run = _implementation("squeeze_excite", backend, input, weight1, bias1, weight2, bias2)
+    return run(input, weight1, bias1, weight2, bias2, squeeze_activation, gate_activation)
+
+
+def _implementation(
+    operation: str, backend: str | None, input: Tensor, *operands: Tensor | None
+) -> Callable[..., Tensor]:
+    """What runs the operation: the bound C++ function, the operator around it, or the reference, all called alike.
+
+    A call of the bound function costs a microsecond, one of the operator ten: where autograd, a tracer or a tensor
+    subclass would not notice the difference, the first is taken.
+    """
+    if backend is None:
+        if not _kernels_serve(input):
+            return getattr(reference, operation)
+    elif backend == "reference":
+        return getattr(reference, operation)
+    elif backend != "cpp":
+        raise ValueError(f"{operation}: backend must be None, 'cpp' or 'reference', got {backend!r}")
+    elif not (input.is_cpu and input.layout is torch.strided and input.dtype in _KERNEL_DTYPES):
+        raise NotImplementedError(
+            f"{operation}: backend 'cpp' takes strided float32 and float64 tensors on the CPU, "
+            f"got {input.layout} {input.dtype} on {input.device}"
+        )
+    if torch.compiler.is_compiling() or _is_observed(input, operands):
+        return getattr(torch.ops.mobilenet_fast, operation)
+    return getattr(_C, operation)
+
+
+def _kernels_serve(input: Tensor) -> bool:
+    return (
+        input.is_cpu
+        and input.dtype in _KERNEL_DTYPES
+        and input.layout is torch.strided
+        # Exported programs should run where this package is not; the operators know neither autocast nor forward mode.
+        and not torch.compiler.is_exporting()
+        and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+    )
+
+
+def _is_observed(input: Tensor, operands: tuple[Tensor | None, ...]) -> bool:
+    """Whether the dispatcher has more to do with this call than to run the kernel."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return True
+    differentiates = torch.is_grad_enabled()
+    for tensor in (input, *operands):
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or (differentiates and tensor.requires_grad)
+        ):
+            return True
+    return False
+
+
+def _pad_for(padding: str, input: Tensor, weight: Tensor, stride: tuple, dilation: tuple) -> tuple[Tensor, tuple]:
+    """The input and the numbers for "same" or "valid": an even kernel's "same" pads one more below and to the right."""
+    if padding not in ("same", "valid"):
+        raise ValueError(f"depthwise_conv2d: padding must be 'same', 'valid' or numbers, got {padding!r}")
+    if padding == "valid" or weight.dim() != 4:
+        return input, (0, 0)
+    if stride != (1, 1):
+        raise ValueError(f"depthwise_conv2d: padding 'same' needs stride 1, got {stride}")
+    total = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=False)]
+    if total[0] % 2 or total[1] % 2:
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, (total[0] // 2, total[1] // 2)

@@ -1,0 +1,159 @@
+"""MobileNetV3 (Howard et al., 2019, arXiv:1905.02244), tables 1 and 2, with torchvision's state_dict keys."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..nn import ConvNormAct, InvertedResidual
+from .initialisation import mobilenet_init
+from .registry import Weights, load_weights, register_model
+from .rounding import make_divisible
+
+
+class _Block(NamedTuple):
+    kernel_size: int
+    expanded_channels: int
+    out_channels: int
+    squeezes: bool
+    activation: str
+    stride: int
+
+
+_LARGE = (
+    _Block(3, 16, 16, False, "relu", 1),
+    _Block(3, 64, 24, False, "relu", 2),
+    _Block(3, 72, 24, False, "relu", 1),
+    _Block(5, 72, 40, True, "relu", 2),
+    _Block(5, 120, 40, True, "relu", 1),
+    _Block(5, 120, 40, True, "relu", 1),
+    _Block(3, 240, 80, False, "hardswish", 2),
+    _Block(3, 200, 80, False, "hardswish", 1),
+    _Block(3, 184, 80, False, "hardswish", 1),
+    _Block(3, 184, 80, False, "hardswish", 1),
+    _Block(3, 480, 112, True, "hardswish", 1),
+    _Block(3, 672, 112, True, "hardswish", 1),
+    _Block(5, 672, 160, True, "hardswish", 2),
+    _Block(5, 960, 160, True, "hardswish", 1),
+    _Block(5, 960, 160, True, "hardswish", 1),
+)
+
+_SMALL = (
+    _Block(3, 16, 16, True, "relu", 2),
+    _Block(3, 72, 24, False, "relu", 2),
+    _Block(3, 88, 24, False, "relu", 1),
+    _Block(5, 96, 40, True, "hardswish", 2),
+    _Block(5, 240, 40, True, "hardswish", 1),
+    _Block(5, 240, 40, True, "hardswish", 1),
+    _Block(5, 120, 48, True, "hardswish", 1),
+    _Block(5, 144, 48, True, "hardswish", 1),
+    _Block(5, 288, 96, True, "hardswish", 2),
+    _Block(5, 576, 96, True, "hardswish", 1),
+    _Block(5, 576, 96, True, "hardswish", 1),
+)
+
+# The blocks at the lowest resolution, which reduced_tail makes narrower and dilated keeps at twice the resolution.
+_TAIL = 3
+
+
+@register_model
+def mobilenet_v3_large(weights: Weights | None = None, **kwargs) -> MobileNetV3:
+    """`torchvision.models.mobilenet_v3_large`: the same network with the same state_dict keys.
+
+    Args:
+        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit.
+        **kwargs: see `MobileNetV3`.
+
+    Raises:
+        ValueError: ``weights`` is no file.
+        RuntimeError: ``weights`` are another model's.
+    """
+    return load_weights(MobileNetV3(_LARGE, 1280, **kwargs), weights)
+
+
+@register_model
+def mobilenet_v3_small(weights: Weights | None = None, **kwargs) -> MobileNetV3:
+    """`torchvision.models.mobilenet_v3_small`: the same network with the same state_dict keys.
+
+    Args:
+        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit.
+        **kwargs: see `MobileNetV3`.
+
+    Raises:
+        ValueError: ``weights`` is no file.
+        RuntimeError: ``weights`` are another model's.
+    """
+    return load_weights(MobileNetV3(_SMALL, 1024, **kwargs), weights)
+
+
+class MobileNetV3(nn.Module):
+    """(N, in_chans, H, W) → (N, num_classes).
+
+    Args:
+        blocks: the rows of the paper's table.
+        last_channels: of the classifier's hidden layer.
+        num_classes: logits a picture.
+        in_chans: channels of the input.
+        width_mult: factor on the number of channels.
+        reduced_tail: halve the channels from the last stride on.
+        dilated: dilate the convolutions behind the last stride instead of striding, for dense prediction.
+        dropout: before the classifier, in training.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[_Block],
+        last_channels: int,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        width_mult: float = 1.0,
+        reduced_tail: bool = False,
+        dilated: bool = False,
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__()
+        norm_layer = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
+        last_channels //= 2 if reduced_tail else 1
+
+        channels = make_divisible(16 * width_mult)
+        features: list[nn.Module] = [
+            ConvNormAct(in_chans, channels, stride=2, norm_layer=norm_layer, activation_layer="hardswish")
+        ]
+        for i, block in enumerate(blocks):
+            from_end = len(blocks) - i
+            # The tail's first block takes what the block before it gives, at its full width.
+            expanded = block.expanded_channels // (2 if reduced_tail and from_end < _TAIL else 1)
+            out_channels = block.out_channels // (2 if reduced_tail and from_end <= _TAIL else 1)
+            expanded, out_channels = make_divisible(expanded * width_mult), make_divisible(out_channels * width_mult)
+            features.append(
+                InvertedResidual(
+                    channels,
+                    expanded,
+                    out_channels,
+                    block.kernel_size,
+                    block.stride,
+                    2 if dilated and from_end <= _TAIL else 1,
+                    make_divisible(expanded // 4) if block.squeezes else None,
+                    block.activation,
+                    norm_layer,
+                )
+            )
+            channels = out_channels
+        features.append(ConvNormAct(channels, 6 * channels, 1, norm_layer=norm_layer, activation_layer="hardswish"))
+        self.features = nn.Sequential(*features)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        hidden = make_divisible(last_channels * width_mult)
+        self.classifier = nn.Sequential(
+            nn.Linear(6 * channels, hidden),
+            nn.Hardswish(inplace=True),
+            nn.Dropout(dropout, inplace=True),
+            nn.Linear(hidden, num_classes),
+        )
+        mobilenet_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))

@@ -1,0 +1,9 @@
+"""Numbers of channels."""
+
+from __future__ import annotations
+
+
+def make_divisible(channels: float, divisor: int = 8) -> int:
+    """The nearest multiple of ``divisor``, or the next one if that is less than nine tenths of ``channels``."""
+    nearest = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return nearest + divisor if nearest < 0.9 * channels else nearest

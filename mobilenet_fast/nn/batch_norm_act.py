@@ -1,0 +1,82 @@
+"""Batch norm with an activation behind it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import functional, reference
+from .dispatch import kernels_serve, known
+
+
+@known
+class BatchNormAct2d(nn.BatchNorm2d):
+    """``activation(nn.BatchNorm2d(num_features, ...)(input))``
+
+    An `nn.BatchNorm2d` in constructor, attributes and state_dict. In eval mode, float32 and float64 CPU tensors that
+    need no gradient run in the C++ kernel, in one pass; everything else, and training, runs as `nn.BatchNorm2d` does.
+    `nn.SyncBatchNorm.convert_sync_batchnorm` makes an `nn.SyncBatchNorm` of it and so drops the activation: keep the
+    two apart where that is used.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as `nn.BatchNorm2d` takes them.
+        activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
+
+    Shape:
+        (N, C, H, W) → the same, in the layout that `nn.BatchNorm2d` gives. The error is that of
+        `mobilenet_fast.functional.batch_norm_act`.
+
+    Raises:
+        ValueError: ``activation`` is another.
+
+    Batch Normalization (Ioffe and Szegedy, 2015, arXiv:1502.03167), section 3.1.
+    """
+
+    # On the class as well, for a layer that replace_layers turned into this one has none of its own.
+    activation: str | None = "none"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        activation: str = "none",
+    ) -> None:
+        reference.check_activation("BatchNormAct2d", activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.kernel_serves(input):
+            return functional.batch_norm_act(
+                input,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                eps=self.eps,
+                activation=self.activation,
+            )
+        return self.plain_forward(input)
+
+    def plain_forward(self, input: Tensor) -> Tensor:
+        return reference.activation(super().forward(input), self.activation)
+
+    def kernel_serves(self, input: Tensor) -> bool:
+        return (
+            uses_running_statistics(self)
+            and self.activation is not None
+            and kernels_serve(input, self.running_mean, self.running_var, self.weight, self.bias)
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
+
+
+def uses_running_statistics(norm: nn.BatchNorm2d) -> bool:
+    buffers = norm._buffers
+    return not norm.training and buffers.get("running_mean") is not None and buffers.get("running_var") is not None

@@ -1,0 +1,177 @@
+"""What networks of the family are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .depthwise import DepthwiseConv2d
+from .dispatch import activation_layer, known
+from .fusion import FusedSequential
+from .pointwise import PointwiseConv2d
+from .squeeze_excite import SqueezeExcitation
+
+
+@known
+class ConvNormAct(FusedSequential):
+    """``activation(norm(conv(input)))``, an `nn.Sequential` with `torchvision.ops.Conv2dNormActivation`'s constructor
+    and keys.
+
+    One kernel call in eval mode, where `FusedSequential` fuses; a convolution that is neither depthwise nor 1x1 runs in
+    PyTorch.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, groups, dilation: as `nn.Conv2d` takes them.
+        padding: None pads so that stride 1 keeps the image's size, for odd kernels.
+        norm_layer: None, or what makes the norm from the number of channels.
+        activation_layer: None, a module class, or a name: "relu", "relu6", "hardswish", "hardsigmoid", "silu",
+            "sigmoid".
+        inplace: given to the activation if not None and if it takes it.
+        bias: of the convolution; None gives it one if no norm follows.
+
+    Shape:
+        (N, C, H, W) → (N, K, H', W'), in the layout that `nn.Conv2d` gives.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        groups: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+        activation_layer: str | Callable[..., nn.Module] | None = nn.ReLU,
+        dilation: int | tuple[int, int] = 1,
+        inplace: bool | None = True,
+        bias: bool | None = None,
+    ) -> None:
+        if padding is None:
+            padding = tuple((k - 1) // 2 * d for k, d in zip(_pair(kernel_size), _pair(dilation), strict=True))
+        if bias is None:
+            bias = norm_layer is None
+        layers = [_conv(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)]
+        if norm_layer is not None:
+            layers.append(norm_layer(out_channels))
+        if activation_layer is not None:
+            layers.append(_activation(activation_layer, inplace))
+        super().__init__(*layers)
+        self.out_channels = out_channels
+
+
+class SeparableConv2d(nn.Module):
+    """``pointwise(depthwise(input))``: a filter for each channel, then a 1x1 convolution, with nothing between them.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation: as `nn.Conv2d` takes them.
+        bias: of the 1x1 convolution; the depthwise one has none, for a constant through it would be a bias again.
+        depth_multiplier: filters for each channel.
+        activation: behind both: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
+
+    Shape:
+        (N, C, H, W) → (N, K, H', W'), in the layout that `nn.Conv2d` gives.
+
+    Xception (Chollet, 2017, arXiv:1610.02357), section 3.2.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = False,
+        depth_multiplier: int = 1,
+        *,
+        activation: str = "none",
+    ) -> None:
+        super().__init__()
+        channels = in_channels * depth_multiplier
+        self.depthwise = DepthwiseConv2d(in_channels, channels, kernel_size, stride, padding, dilation, bias=False)
+        self.pointwise = PointwiseConv2d(channels, out_channels, bias, activation=activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(input))
+
+
+class InvertedResidual(nn.Module):
+    """Expansion, depthwise convolution, squeeze-and-excitation and projection, plus the input where shapes allow:
+    `torchvision.models.mobilenetv3.InvertedResidual` with its keys, and arguments spelled out.
+
+    Args:
+        in_channels, out_channels: of the block.
+        expanded_channels: of the depthwise convolution; there is no expansion if it equals ``in_channels``.
+        kernel_size, stride, dilation: of the depthwise convolution; a dilation takes the place of the stride, which
+            is 1 then.
+        squeeze_channels: of the squeeze-and-excitation; None for none.
+        activation_layer: behind expansion and depthwise convolution; a module class or a name.
+        norm_layer: what makes the norm from the number of channels.
+
+    Shape:
+        (N, C, H, W) → (N, K, ⌈H / stride⌉, ⌈W / stride⌉), in the layout that `nn.Conv2d` gives.
+
+    MobileNetV3 (Howard et al., 2019, arXiv:1905.02244), section 5 and figure 4; MobileNetV2 (Sandler et al., 2018,
+    arXiv:1801.04381), section 3.4.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        expanded_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        squeeze_channels: int | None = None,
+        activation_layer: str | Callable[..., nn.Module] = nn.Hardswish,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        if expanded_channels != in_channels:
+            layers.append(
+                ConvNormAct(in_channels, expanded_channels, 1, norm_layer=norm_layer, activation_layer=activation_layer)
+            )
+        layers.append(
+            ConvNormAct(
+                expanded_channels,
+                expanded_channels,
+                kernel_size,
+                1 if dilation > 1 else stride,
+                groups=expanded_channels,
+                norm_layer=norm_layer,
+                activation_layer=activation_layer,
+                dilation=dilation,
+            )
+        )
+        if squeeze_channels is not None:
+            layers.append(SqueezeExcitation(expanded_channels, squeeze_channels, nn.ReLU, nn.Hardsigmoid))
+        layers.append(ConvNormAct(expanded_channels, out_channels, 1, norm_layer=norm_layer, activation_layer=None))
+        self.block = FusedSequential(*layers)
+        self.use_res_connect = stride == 1 and in_channels == out_channels
+        self.out_channels = out_channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.block(input, input if self.use_res_connect else None)
+
+
+def _conv(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias) -> nn.Conv2d:
+    if groups == in_channels > 1 and out_channels % in_channels == 0:
+        return DepthwiseConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
+    if _pair(kernel_size) == _pair(stride) == (1, 1) and padding in (0, (0, 0)) and groups == 1:
+        return PointwiseConv2d(in_channels, out_channels, bias)
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+
+
+def _activation(activation: str | Callable[..., nn.Module], inplace: bool | None) -> nn.Module:
+    layer = activation_layer(activation)
+    # nn.Sigmoid has no in-place form.
+    return layer() if inplace is None or layer is nn.Sigmoid else layer(inplace=inplace)
+
+
+def _pair(value) -> tuple:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)

@@ -1,0 +1,123 @@
+"""When a module may hand its call to a kernel, and what its neighbours must be for several to be run as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
+
+from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
+
+ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
+    "none": nn.Identity,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+}
+
+# Exact types: what a subclass computes is not known. timm's are named, so that it need not be imported.
+_NAMES: dict[type, str] = {layer: name for name, layer in ACTIVATION_LAYERS.items()}
+_TIMM_NAMES = {"Sigmoid": "sigmoid", "HardSigmoid": "hardsigmoid", "HardSwish": "hardswish", "Swish": "silu"}
+
+
+# Exact types whose forward is known, so that a neighbour may do its work; ours, and replaced ones, add themselves.
+_KNOWN_TYPES: set[type] = {nn.Conv2d, nn.BatchNorm2d}
+
+
+def known(layer: type) -> type:
+    """Declares that the class computes what the layer of ours that it is, or derives from, computes."""
+    _KNOWN_TYPES.add(layer)
+    return layer
+
+
+def is_known(module: nn.Module, layer: type) -> bool:
+    """Whether the module is of a known type derived from ``layer``, and no hook wants to see it called."""
+    return type(module) in _KNOWN_TYPES and isinstance(module, layer) and unhooked(module)
+
+
+def is_eager() -> bool:
+    """Whether calls are only run: nothing traces, exports, transforms, casts or counts what they do."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def takes_input(input) -> bool:
+    """Whether kernels are written for this tensor: a plain 4-D one on the CPU, of a dtype that they have."""
+    return (
+        type(input) in _PLAIN_TYPES
+        and input.is_cpu
+        and input.dtype in _KERNEL_DTYPES
+        and input.layout is torch.strided
+        and input.dim() == 4
+        # The dispatcher alone resolves a lazy negation; a compiler sees no such inputs.
+        and (torch.compiler.is_compiling() or not input.is_neg())
+    )
+
+
+def takes_operands(input: Tensor, operands: Iterable[Tensor | None]) -> bool:
+    """Whether the operands are plain tensors of the input's dtype, and none of them, nor the input, needs a gradient.
+
+    Gradients go through PyTorch's own operators: their backward has saved what it needs, the kernels' would compute
+    it again.
+    """
+    dtype, differentiates = input.dtype, torch.is_grad_enabled()
+    if differentiates and input.requires_grad:
+        return False
+    for operand in operands:
+        if operand is not None and (
+            operand.dtype != dtype or type(operand) not in _PLAIN_TYPES or (differentiates and operand.requires_grad)
+        ):
+            return False
+    return True
+
+
+def kernels_serve(input: Tensor, *operands: Tensor | None) -> bool:
+    """Whether one layer may hand its call to `functional`, rather than run as its stock class does."""
+    if not (takes_input(input) and takes_operands(input, operands)):
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return is_eager() and input.numel() > 0
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling the module is no more than its class's forward, so that it can be skipped if its work is done."""
+    state = module.__dict__
+    return not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
+
+
+def has_global_hooks() -> bool:
+    return bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
+
+
+def activation_of(kind: type) -> str | None:
+    """The name that the kernels have for what modules of this type compute; None if they have none."""
+    name = _NAMES.get(kind)
+    return _TIMM_NAMES.get(kind.__name__) if name is None and kind.__module__ == "timm.layers.activations" else name
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """`activation_of` the module's type; None as well if a hook wants to see the module called."""
+    name = activation_of(type(module))
+    return name if name is not None and unhooked(module) else None
+
+
+def activation_layer(activation: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The module class of a named activation; anything else is taken for a class, or a function that makes a module."""
+    if not isinstance(activation, str):
+        return activation
+    if activation not in ACTIVATION_LAYERS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATION_LAYERS)}, got {activation!r}")
+    return ACTIVATION_LAYERS[activation]

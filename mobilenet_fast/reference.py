@@ -1,0 +1,160 @@
+"""Every operation in plain PyTorch: any floating dtype, any device, differentiable. The specification of the kernels.
+
+The checks are here as well, for what an operation refuses is a part of what it is; the kernels refuse the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def activation(x: Tensor, name: str) -> Tensor:
+    """``x`` through the activation of that name, one of `ACTIVATIONS`."""
+    check_activation("activation", name)
+    return ACTIVATIONS[name](x)
+
+
+def depthwise_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, activation="none") -> Tensor:
+    """``activation(F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.size(1)))``"""
+    stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
+    check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation)
+    return ACTIVATIONS[activation](F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.size(1)))
+
+
+def pointwise_conv2d(input, weight, bias=None, activation="none", gate=None, residual=None) -> Tensor:
+    """``activation(F.conv2d(input * gate, weight, bias) + residual)``"""
+    check_pointwise_conv2d(input, weight, bias, activation, gate, residual)
+    output = F.conv2d(input if gate is None else input * gate, weight, bias)
+    return ACTIVATIONS[activation](output if residual is None else output + residual)
+
+
+def batch_norm_act(input, running_mean, running_var, weight=None, bias=None, eps=1e-5, activation="none") -> Tensor:
+    """``activation(F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=eps))``"""
+    check_batch_norm_act(input, running_mean, running_var, weight, bias, eps, activation)
+    return ACTIVATIONS[activation](F.batch_norm(input, running_mean, running_var, weight, bias, eps=eps))
+
+
+def squeeze_excite(
+    input, weight1, bias1, weight2, bias2, squeeze_activation="relu", gate_activation="hardsigmoid"
+) -> Tensor:
+    """``input * gate``: the gate is two 1x1 convolutions, each with its activation, of ``input``'s means over H, W"""
+    check_squeeze_excite(input, weight1, bias1, weight2, bias2, squeeze_activation, gate_activation)
+    squeezed = ACTIVATIONS[squeeze_activation](F.conv2d(input.mean((2, 3), keepdim=True), weight1, bias1))
+    return input * ACTIVATIONS[gate_activation](F.conv2d(squeezed, weight2, bias2))
+
+
+def pair(value) -> tuple:
+    """One value for both axes, or the two given."""
+    if isinstance(value, (tuple, list)):
+        return tuple(value) if len(value) != 1 else (value[0], value[0])
+    return value, value
+
+
+def conv_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def check_activation(operation: str, name: str, argument: str = "activation") -> None:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{operation}: {argument} must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+
+
+def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation) -> None:
+    operation = "depthwise_conv2d"
+    _check_input(operation, input, weight=weight, bias=bias)
+    channels = input.size(1)
+    if weight.dim() != 4 or weight.size(1) != 1 or weight.size(0) == 0 or weight.size(0) % channels:
+        raise ValueError(
+            f"{operation}: weight must be (C, 1, kH, kW) with C={channels} (or a multiple), got {_shape(weight)}"
+        )
+    if min(weight.shape[2:]) == 0:
+        raise ValueError(f"{operation}: weight must have kH and kW of at least 1, got {_shape(weight)}")
+    _check_shape(operation, "bias", bias, (weight.size(0),))
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(value) != 2:
+            raise ValueError(f"{operation}: {name} must be one number or two, got {len(value)}")
+        if min(value) < least:
+            raise ValueError(f"{operation}: {name} must be at least {least}, got {tuple(value)}")
+    padded = tuple(size + 2 * p for size, p in zip(input.shape[2:], padding, strict=True))
+    spanned = tuple(d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))
+    if spanned[0] > padded[0] or spanned[1] > padded[1]:
+        raise ValueError(f"{operation}: the dilated kernel must fit into the padded input {padded}, got {spanned}")
+    check_activation(operation, activation)
+
+
+def check_pointwise_conv2d(input, weight, bias, activation, gate, residual) -> None:
+    operation = "pointwise_conv2d"
+    _check_input(operation, input, weight=weight, bias=bias, gate=gate, residual=residual)
+    batch, channels, height, width = input.shape
+    if weight.dim() != 4 or weight.size(0) == 0 or tuple(weight.shape[1:]) != (channels, 1, 1):
+        raise ValueError(f"{operation}: weight must be (K, C, 1, 1) with C={channels}, got {_shape(weight)}")
+    _check_shape(operation, "bias", bias, (weight.size(0),))
+    _check_shape(operation, "gate", gate, (batch, channels, 1, 1))
+    _check_shape(operation, "residual", residual, (batch, weight.size(0), height, width))
+    check_activation(operation, activation)
+
+
+def check_batch_norm_act(input, running_mean, running_var, weight, bias, eps, activation) -> None:
+    operation = "batch_norm_act"
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    _check_input(operation, input, keeps_float32=True, **parameters)
+    for name, parameter in parameters.items():
+        _check_shape(operation, name, parameter, (input.size(1),))
+    check_activation(operation, activation)
+
+
+def check_squeeze_excite(input, weight1, bias1, weight2, bias2, squeeze_activation, gate_activation) -> None:
+    operation = "squeeze_excite"
+    _check_input(operation, input, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    channels = input.size(1)
+    if weight1.dim() != 4 or weight1.size(0) == 0 or tuple(weight1.shape[1:]) != (channels, 1, 1):
+        raise ValueError(f"{operation}: weight1 must be (S, C, 1, 1) with C={channels}, got {_shape(weight1)}")
+    squeeze = weight1.size(0)
+    _check_shape(operation, "bias1", bias1, (squeeze,))
+    _check_shape(operation, "weight2", weight2, (channels, squeeze, 1, 1))
+    _check_shape(operation, "bias2", bias2, (channels,))
+    check_activation(operation, squeeze_activation, "squeeze_activation")
+    check_activation(operation, gate_activation, "gate_activation")
+
+
+def _check_input(operation: str, input: Tensor, keeps_float32: bool = False, **operands: Tensor | None) -> None:
+    if input.dim() != 4:
+        raise ValueError(f"{operation}: input must be (N, C, H, W), got {_shape(input)}")
+    if min(input.shape[1:]) == 0:
+        raise ValueError(f"{operation}: input must have C, H and W of at least 1, got {_shape(input)}")
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"{operation}: input must be of a floating-point dtype, got {input.dtype}")
+    for name, operand in operands.items():
+        if operand is None:
+            continue
+        if operand.device != input.device:
+            raise ValueError(f"{operation}: {name} must be on {input.device} as input is, got {operand.device}")
+        # As in torch, the parameters of a half-precision batch norm may stay in float32.
+        same = operand.dtype == input.dtype or (keeps_float32 and operand.dtype == torch.float32 and input.itemsize < 4)
+        if not same and not _is_autocast(input.device.type):
+            raise TypeError(f"{operation}: {name} must be {input.dtype} as input is, got {operand.dtype}")
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _check_shape(operation: str, name: str, operand: Tensor | None, shape: tuple) -> None:
+    if operand is not None and tuple(operand.shape) != shape:
+        raise ValueError(f"{operation}: {name} must be {shape}, got {_shape(operand)}")
+
+
+def _shape(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape)

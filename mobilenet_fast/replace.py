@@ -1,0 +1,271 @@
+"""Putting the layers of `mobilenet_fast.nn` into an existing model, and taking them out again."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from . import nn as fast
+from .nn.depthwise import is_depthwise
+from .nn.dispatch import activation_name, activation_of, known, unhooked
+from .nn.fusion import run_chain
+from .nn.pointwise import is_pointwise
+
+__all__ = ["Replacement", "replace_layers", "restore_layers"]
+
+_REFUSED = "refused by filter_fn"
+
+
+class Replacement(NamedTuple):
+    """One line of `replace_layers`'s report: what became of a module that has a faster layer."""
+
+    name: str
+    """as in ``model.named_modules()``; empty for the model itself"""
+    layer: str
+    """the class that it has, or had"""
+    replaced_by: str | None
+    """the class of `mobilenet_fast.nn` that it is now; None if it stayed"""
+    reason: str
+    """why it stayed; empty if it was replaced"""
+
+
+def replace_layers(
+    model: nn.Module,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    strict: bool = False,
+    *,
+    report: list[Replacement] | None = None,
+) -> nn.Module:
+    """Makes the layers of ``model`` that `mobilenet_fast.nn` has faster ones for into those, and returns ``model``.
+
+    It is done instance by instance, by giving a module another class, derived from `mobilenet_fast.nn`'s and its own:
+    the modules stay the same objects, with their parameters, buffers, hooks, modes, names and state_dict keys, in all
+    the places that share them, and ``isinstance`` holds as before. Nothing else is touched, no class is changed, and
+    `restore_layers` gives each its class back. The model copies and pickles; unpickling needs this package.
+
+    Replaced are depthwise and 1x1 `nn.Conv2d`, `nn.BatchNorm2d`, and `nn.Sequential` with any subclass that leaves
+    its forward alone (it becomes a `FusedSequential`, which runs convolution, batch norm and activation as one kernel
+    call); torchvision's `SqueezeExcitation`; timm's `BatchNormAct2d`, `Conv2dSame`, `SqueezeExcite`, `SEModule` and
+    the blocks of its EfficientNets and MobileNets. What gains is inference on float32 and float64 CPU tensors under
+    `torch.no_grad` or `torch.inference_mode`; training, other devices and export run as before.
+
+    Args:
+        model: any module; it is changed in place.
+        filter_fn: called with name and module of those that have a faster layer; where it returns False, a module keeps
+            its class. To have no layers of a container fused, refuse the container.
+        strict: raise if a depthwise convolution or a squeeze-and-excitation that ``filter_fn`` accepts can't be
+            replaced.
+        report: a list that gets a `Replacement` for each module that has a faster layer, with the reason where it
+            stayed.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: under ``strict``, with names and reasons; the model is unchanged then.
+    """
+    rows, found = [], []
+    for name, module in model.named_modules():
+        layer, reason = _faster_layer(module)
+        if layer is None and not reason:
+            continue
+        if filter_fn is not None and not filter_fn(name, module):
+            layer, reason = None, _REFUSED
+        if layer is not None:
+            found.append((module, layer))
+        rows.append(Replacement(name, type(module).__name__, layer and layer.__name__, reason))
+    if strict and (left := [row for row in rows if row.reason not in ("", _REFUSED)]):
+        lines = "; ".join(f"{row.name or 'the model'} ({row.layer}): {row.reason}" for row in left)
+        raise ValueError(f"replace_layers: no faster layer for {lines}")
+    for module, layer in found:
+        module.__class__ = _replaced_class(layer, type(module))
+    if report is not None:
+        report += rows
+    return model
+
+
+def restore_layers(model: nn.Module) -> nn.Module:
+    """Gives every module that `replace_layers` changed its class back, and returns ``model``, as it was before.
+
+    Copies and unpickled models can be restored as well.
+
+    Args:
+        model: what `replace_layers` was given, or a part of it, or something around it.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a replaced module was given yet another class, as `torch.nn.utils.parametrize` does.
+    """
+    replaced = [(name, module) for name, module in model.named_modules() if isinstance(module, _Replaced)]
+    for name, module in replaced:
+        if "stock_class" not in vars(type(module)):
+            raise ValueError(
+                f"restore_layers: {name or 'the model'} became a {type(module).__name__} after it was replaced; "
+                "undo that first"
+            )
+    for _, module in replaced:
+        module.__class__ = type(module).stock_class
+    return model
+
+
+class _Replaced(nn.Module):
+    """Marks the classes made here, and pickles their instances by what the class is made of."""
+
+    stock_class: type[nn.Module]
+    fast_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new_replaced, (self.fast_class, self.stock_class), *state
+
+
+@functools.cache
+def _replaced_class(layer: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+    """A class that computes as ``layer`` does, and otherwise is what ``stock`` is."""
+    # Tracers know a layer of torch.nn by the module of its class.
+    attributes = {"__module__": stock.__module__, "__doc__": layer.__doc__, "stock_class": stock, "fast_class": layer}
+    return known(type(layer.__name__, (_Replaced, layer, stock), attributes))
+
+
+def _new_replaced(layer: type[nn.Module], stock: type[nn.Module]) -> nn.Module:
+    kind = _replaced_class(layer, stock)
+    return kind.__new__(kind)
+
+
+def _faster_layer(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The layer to replace the module by, or None and, if there might have been one, the reason."""
+    kind = type(module)
+    if isinstance(module, _Replaced) or kind.__module__.startswith("mobilenet_fast."):
+        return None, ""
+    if kind is nn.Conv2d:
+        return _faster_conv(module)
+    if kind is nn.BatchNorm2d:
+        return fast.BatchNormAct2d, ""
+    if isinstance(module, nn.Sequential):
+        stock = kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__
+        return (fast.FusedSequential, "") if stock and _might_fuse(module) else (None, "")
+    find = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    if find is not None:
+        return find(module)
+    if isinstance(module, nn.Conv2d) and is_depthwise(module):
+        return None, "its class is not known"
+    return None, ""
+
+
+def _faster_conv(conv: nn.Conv2d) -> tuple[type[nn.Module] | None, str]:
+    if conv.padding_mode != "zeros":
+        return None, f"padding_mode is {conv.padding_mode!r}" if is_depthwise(conv) else ""
+    if is_depthwise(conv):
+        return fast.DepthwiseConv2d, ""
+    return (fast.PointwiseConv2d, "") if is_pointwise(conv) else (None, "")
+
+
+def _might_fuse(modules: nn.Sequential) -> bool:
+    """Whether two neighbours are of kinds that `FusedSequential` runs as one."""
+    for first, second in itertools.pairwise(modules):
+        is_conv = isinstance(first, nn.Conv2d) and (is_depthwise(first) or is_pointwise(first))
+        if (is_conv or isinstance(first, nn.BatchNorm2d)) and (
+            isinstance(second, nn.BatchNorm2d) or activation_of(type(second)) is not None
+        ):
+            return True
+    return False
+
+
+# timm's layers. Their forwards take the same calls as ours, but find their parts under other names.
+
+
+class BatchNormAct2d(fast.BatchNormAct2d):
+    """timm's `BatchNormAct2d`, whose activation is a module."""
+
+    @property
+    def activation(self) -> str | None:
+        drops = type(self.drop) is not nn.Identity or not unhooked(self.drop)
+        return None if drops else activation_name(self.act)
+
+    def plain_forward(self, input: Tensor) -> Tensor:
+        return super(fast.BatchNormAct2d, self).forward(input)
+
+
+class SqueezeExcite(fast.SqueezeExcitation):
+    """timm's `SqueezeExcite`."""
+
+    part_names = ("conv_reduce", "act1", "conv_expand", "gate")
+
+    def pools_plainly(self) -> bool:
+        return True
+
+    def plain_forward(self, input: Tensor) -> Tensor:
+        return super(fast.SqueezeExcitation, self).forward(input)
+
+
+class SEModule(SqueezeExcite):
+    """timm's `SEModule`, as far as it is a plain squeeze-and-excitation."""
+
+    part_names = ("fc1", "act", "fc2", "gate")
+
+    def pools_plainly(self) -> bool:
+        return not self.add_maxpool and type(self.bn) is nn.Identity and unhooked(self.bn)
+
+
+class Block(nn.Module):
+    """A block of timm's: its modules in the order of use, then the input again."""
+
+    def forward(self, x):
+        if not _passes_through(self._modules.get("drop_path")):
+            return super().forward(x)
+        modules = [getattr(self, name) for name in _BLOCK_PARTS[self.stock_class.__name__]]
+        return run_chain([m for m in modules if m is not None], x, x if getattr(self, "has_skip", False) else None)
+
+
+def _passes_through(drop_path: nn.Module | None) -> bool:
+    if drop_path is None:
+        return True
+    kind = type(drop_path)
+    drops = kind is not nn.Identity and (kind.__name__ != "DropPath" or drop_path.training)
+    return not drops and unhooked(drop_path)
+
+
+_BLOCK_PARTS = {
+    "ConvBnAct": ("conv", "bn1", "aa"),
+    "ConvNormAct": ("conv", "bn", "aa"),
+    "DepthwiseSeparableConv": ("conv_s2d", "bn_s2d", "conv_dw", "bn1", "aa", "se", "conv_pw", "bn2"),
+    "EdgeResidual": ("conv_exp", "bn1", "aa", "se", "conv_pwl", "bn2"),
+    "InvertedResidual": ("conv_s2d", "bn_s2d", "conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl", "bn3"),
+}
+
+
+def _faster_block(block: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    # Another release of timm may use other parts: the attributes that its forward reads say so.
+    parts = _BLOCK_PARTS[type(block).__name__]
+    read = [name for name in type(block).forward.__code__.co_names if name not in ("has_skip", "drop_path")]
+    return (Block, "") if read == list(parts) else (None, "")
+
+
+def _faster_squeeze_excite(layer: type[nn.Module]) -> Callable[[nn.Module], tuple[type[nn.Module] | None, str]]:
+    def find(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+        names = [activation_of(type(getattr(module, name))) for name in layer.part_names[1::2]]
+        if None in names:
+            return None, "an activation has no kernel"
+        return layer, ""
+
+    return find
+
+
+_BY_NAME: dict[str, Callable[[nn.Module], tuple[type[nn.Module] | None, str]]] = {
+    "torchvision.ops.misc.SqueezeExcitation": _faster_squeeze_excite(fast.SqueezeExcitation),
+    "timm.layers.norm_act.BatchNormAct2d": lambda norm: (BatchNormAct2d, ""),
+    "timm.layers.conv2d_same.Conv2dSame": lambda conv: (fast.Conv2dSame, "") if is_depthwise(conv) else (None, ""),
+    "timm.layers.squeeze_excite.SEModule": _faster_squeeze_excite(SEModule),
+    "timm.layers.conv_bn_act.ConvNormAct": _faster_block,
+    "timm.models._efficientnet_blocks.ConvBnAct": _faster_block,
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": _faster_block,
+    "timm.models._efficientnet_blocks.EdgeResidual": _faster_block,
+    "timm.models._efficientnet_blocks.InvertedResidual": _faster_block,
+    "timm.models._efficientnet_blocks.SqueezeExcite": _faster_squeeze_excite(SqueezeExcite),
+}
