@@ -29,7 +29,7 @@ bench: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS)
 lint: $(LINT_DEPS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests/native -name "*.cpp" -o -name "*.h" | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 
 build: $(BUILT)
 

@@ -127,6 +127,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
          double eps) { return fold_batch_norm(mean, var, weight, bias, eps, current_isa()); },
       py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"));
+  m.def("l2_cache_bytes", &l2_cache_bytes);
   m.def("depthwise_sum_parts", &depthwise_sum_parts);
 
   py::class_<ValueRef>(m, "ValueRef").def(py::init<int64_t>()).def_readonly("index", &ValueRef::index);
@@ -143,6 +144,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            }),
            py::arg("dtype"), py::arg("values"), py::arg("outputs"), py::arg("arena_bytes"))
       .def("run", &Plan::run, release)
+      .def("profile", &Plan::profile, release)
       .def("describe", &Plan::describe)
       .def("add_aten", &add_aten, py::arg("name"), py::arg("overload"), py::arg("arguments"), py::arg("outputs"))
       .def(
@@ -173,6 +175,31 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("y_shape"), py::arg("packed"), py::arg("window"),
           py::arg("activation"), py::arg("x"), py::arg("y"), py::arg("sums"))
+      .def(
+          "add_inverted_residual",
+          [=](Plan& plan, const std::string& isa, Quad x_shape, Quad y_shape, int64_t hidden_channels,
+              const OptionalTensor& expand, const at::Tensor& depthwise, const OptionalTensor& project,
+              const std::array<std::string, 3>& activations, std::array<int64_t, 8> w, int x, int y, int sums,
+              int residual) {
+            const auto tensor = [](const OptionalTensor& t) { return t.has_value() ? *t : at::Tensor(); };
+            plan.add(make_inverted_residual(isa_of(isa), {image_shape(x_shape),
+                                                          image_shape(y_shape),
+                                                          hidden_channels,
+                                                          tensor(expand),
+                                                          depthwise,
+                                                          tensor(project),
+                                                          act_of(activations[0]),
+                                                          act_of(activations[1]),
+                                                          act_of(activations[2]),
+                                                          {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]},
+                                                          x,
+                                                          y,
+                                                          sums,
+                                                          residual}));
+          },
+          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("y_shape"), py::arg("hidden_channels"),
+          py::arg("expand"), py::arg("depthwise"), py::arg("project"), py::arg("activations"), py::arg("window"),
+          py::arg("x"), py::arg("y"), py::arg("sums"), py::arg("residual"))
       .def(
           "add_squeeze_excite",
           [=](Plan& plan, const std::string& isa, Quad x_shape, const at::Tensor& weight1, const OptionalTensor& bias1,

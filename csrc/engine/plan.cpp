@@ -1,5 +1,9 @@
 #include "engine/plan.h"
 
+#include <sys/mman.h>
+
+#include <chrono>
+
 #include "steps/common.h"
 
 namespace mobilenet_fast {
@@ -19,8 +23,11 @@ Buffer dense_buffer(void* data, const std::vector<int64_t>& shape) {
   return buffer;
 }
 
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// `seconds`, where given, takes the time of each step, from barrier to barrier.
 void run_steps(const std::vector<const Step*>& steps, const Buffer* buffers, size_t shared_bytes, size_t thread_bytes,
-               Scratch& scratch) {
+               Scratch& scratch, double* seconds = nullptr) {
   const int threads = team_size();
   shared_bytes = round_up(static_cast<int64_t>(shared_bytes), 64);
   thread_bytes = round_up(static_cast<int64_t>(thread_bytes), 64);
@@ -29,12 +36,29 @@ void run_steps(const std::vector<const Step*>& steps, const Buffer* buffers, siz
     const Work work{team, buffers, memory, memory + shared_bytes + thread_bytes * team.index};
     for (size_t i = 0; i < steps.size(); ++i) {
       if (i > 0) team.sync();
+      const double start = seconds == nullptr ? 0.0 : now();
       steps[i]->run(work);
+      if (seconds != nullptr) {
+        team.sync();
+        if (team.index == 0) seconds[i] = now() - start;
+      }
     }
   });
 }
 
 }  // namespace
+
+Memory allocate(size_t bytes) {
+  constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
+  const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
+  bytes = (bytes + alignment - 1) / alignment * alignment;
+  Memory memory(static_cast<char*>(std::aligned_alloc(alignment, bytes)));
+  if (memory == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (alignment == kHugePage) madvise(memory.get(), bytes, MADV_HUGEPAGE);  // advice: a refusal costs speed only
+#endif
+  return memory;
+}
 
 void run_step(const Step& step, const std::vector<Buffer>& buffers) {
   thread_local Scratch scratch;
@@ -74,11 +98,11 @@ std::unique_ptr<Plan::Arena> Plan::take_arena() {
   return arena;
 }
 
-void Plan::run_native(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena) const {
+void Plan::run_native(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const {
   std::vector<const Step*> steps;
   steps.reserve(segment.steps.size());
   for (const auto& step : segment.steps) steps.push_back(step.get());
-  run_steps(steps, buffers.data(), segment.shared_scratch_bytes, segment.thread_scratch_bytes, arena.scratch);
+  run_steps(steps, buffers.data(), segment.shared_scratch_bytes, segment.thread_scratch_bytes, arena.scratch, seconds);
 }
 
 at::Tensor Plan::tensor_of(int64_t value, const std::vector<at::Tensor>& tensors,
@@ -146,7 +170,13 @@ void Plan::run_aten(const AtenStep& step, std::vector<at::Tensor>& tensors, std:
   }
 }
 
-std::vector<at::Tensor> Plan::run(const std::vector<at::Tensor>& inputs) {
+std::vector<double> Plan::profile(const std::vector<at::Tensor>& inputs) {
+  std::vector<double> seconds;
+  execute(inputs, &seconds);
+  return seconds;
+}
+
+std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std::vector<double>* seconds) {
   const at::NoGradGuard no_grad;
   std::vector<Buffer> buffers(values_.size());
   std::vector<at::Tensor> tensors(values_.size());
@@ -166,10 +196,15 @@ std::vector<at::Tensor> Plan::run(const std::vector<at::Tensor>& inputs) {
     }
   }
   for (const Segment& segment : segments_) {
+    const size_t steps = segment.aten != nullptr ? 1 : segment.steps.size();
+    const double start = seconds == nullptr ? 0.0 : now();
+    if (seconds != nullptr) seconds->resize(seconds->size() + steps);
+    double* times = seconds == nullptr ? nullptr : seconds->data() + seconds->size() - steps;
     if (segment.aten != nullptr) {
       run_aten(*segment.aten, tensors, buffers);
+      if (times != nullptr) *times = now() - start;
     } else {
-      run_native(segment, buffers, *arena);
+      run_native(segment, buffers, *arena, times);
     }
   }
   std::vector<at::Tensor> results;

@@ -45,7 +45,9 @@ class Plan {
   void add(AtenStep step);
 
   // Any number of calls may run at once; each takes an arena of its own. Outputs are fresh tensors.
-  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs);
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) { return execute(inputs, nullptr); }
+  // The seconds that each step of one run takes, in the order of describe().
+  std::vector<double> profile(const std::vector<at::Tensor>& inputs);
 
   at::ScalarType dtype() const { return dtype_; }
   int64_t arena_bytes() const { return arena_bytes_; }
@@ -63,8 +65,9 @@ class Plan {
     size_t shared_scratch_bytes = 0, thread_scratch_bytes = 0;
   };
 
+  std::vector<at::Tensor> execute(const std::vector<at::Tensor>& inputs, std::vector<double>* seconds);
   std::unique_ptr<Arena> take_arena();
-  void run_native(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena) const;
+  void run_native(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const;
   void run_aten(const AtenStep& step, std::vector<at::Tensor>& tensors, std::vector<Buffer>& buffers) const;
   at::Tensor tensor_of(int64_t value, const std::vector<at::Tensor>& tensors, const std::vector<Buffer>& buffers) const;
 

@@ -31,9 +31,25 @@ template <class T, Activation kActivation, int kRows, int kVectors>
   }
 }
 
+// One k: kVectors weights from the panel against one input of each row.
+template <class T, int kRows, int kVectors>
+[[gnu::always_inline]] inline void multiply_row(const T* a, int64_t a_stride, const T* weight,
+                                                typename Vec<T>::Reg (&acc)[kRows][kVectors]) {
+  using V = Vec<T>;
+  typename V::Reg w[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) w[j] = V::load(weight + j * V::kLanes);
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+    const auto x = V::set1(a[i * a_stride]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = V::fma(x, w[j], acc[i][j]);
+  }
+}
+
 template <class T, int kRows, int kVectors>
 void gemm_tile(const GemmArgs<T>& g, const T* a, const T* weight, int64_t column, const T* residual, T* out,
-               int last_lanes) {
+               int last_lanes, const char* next, int64_t next_step) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   const int64_t a_stride = g.a_stride;
@@ -44,17 +60,16 @@ void gemm_tile(const GemmArgs<T>& g, const T* a, const T* weight, int64_t column
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) acc[i][j] = bias;
   }
-  for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
-    const T* ak = a + g.chunk_offset[chunk];
-    for (int64_t k = 0; k < g.chunk_length; ++k, ++ak, weight += kVectors * kLanes) {
-      typename V::Reg w[kVectors];
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) w[j] = V::load(weight + j * kLanes);
-#pragma GCC unroll 12
-      for (int i = 0; i < kRows; ++i) {
-        const auto x = V::set1(ak[i * a_stride]);
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) acc[i][j] = V::fma(x, w[j], acc[i][j]);
+  if (g.chunk_length == 1) {
+    for (int64_t chunk = 0; chunk < g.chunks; ++chunk, weight += kVectors * kLanes) {
+      multiply_row<T>(a + g.chunk_offset[chunk], a_stride, weight, acc);
+    }
+  } else {
+    for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
+      const T* ak = a + g.chunk_offset[chunk];
+      for (int64_t k = 0; k < g.chunk_length; ++k, ++ak, weight += kVectors * kLanes, next += next_step) {
+        __builtin_prefetch(next, 0, 2);
+        multiply_row<T>(ak, a_stride, weight, acc);
       }
     }
   }
@@ -103,7 +118,7 @@ void gemm_tile(const GemmArgs<T>& g, const T* a, const T* weight, int64_t column
 }
 
 template <class T>
-using GemmTile = void (*)(const GemmArgs<T>&, const T*, const T*, int64_t, const T*, T*, int);
+using GemmTile = void (*)(const GemmArgs<T>&, const T*, const T*, int64_t, const T*, T*, int, const char*, int64_t);
 
 template <class T, int kVectors, int kRows>
 GemmTile<T> select_gemm_rows(int rows) {
@@ -147,12 +162,20 @@ void gemm(const GemmArgs<T>& g) {
       const GemmTile<T> low_tile = select_gemm_tile<T>(panel_vectors, low);
       const GemmTile<T> high_tile = rows % tiles == 0 ? low_tile : select_gemm_tile<T>(panel_vectors, low + 1);
       const int64_t high_tiles = rows % tiles;
+      // While this panel computes, the next one is fetched, a little with each k, so that weights streamed from memory
+      // for few rows are there in time.
+      const char* next = reinterpret_cast<const char*>(weight);
+      int64_t next_step = 0;
+      if (p + 1 < g.panel_end && tiles > 1) {
+        next += panel_vectors * kLanes * depth * sizeof(T);
+        next_step = panel_vectors * kLanes * static_cast<int64_t>(sizeof(T)) / tiles;
+      }
       int64_t row = block;
-      for (int64_t t = 0; t < tiles; ++t) {
+      for (int64_t t = 0; t < tiles; ++t, next += next_step * depth) {
         const bool high = t < high_tiles;
         const T* residual = g.residual == nullptr ? nullptr : g.residual + row * g.residual_stride + column;
         (high ? high_tile : low_tile)(g, g.a + row * g.a_stride, weight, column, residual,
-                                      g.out + row * g.out_stride + column, last_lanes);
+                                      g.out + row * g.out_stride + column, last_lanes, next, next_step);
         row += high ? low + 1 : low;
       }
     }

@@ -1,9 +1,19 @@
 #include "steps/common.h"
 
+#include <unistd.h>
+
 #include <array>
 #include <sstream>
 
 namespace mobilenet_fast {
+
+int64_t l2_cache_bytes() {
+  long bytes = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  return bytes > 0 ? bytes : 512 * 1024;
+}
 
 Activation parse_activation(const char* operation, const std::string& name) {
   static constexpr std::array names = {"none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid"};
@@ -107,23 +117,27 @@ at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, 
   const int64_t columns = weight.size(0), depth = weight.numel() / columns;
   const int64_t vectors = (columns + k.lanes - 1) / k.lanes, panels = panel_count(vectors, k.panel_vectors);
   const int64_t padded = vectors * k.lanes;
-  at::Tensor packed = at::empty({padded * (1 + depth)}, weight.options().requires_grad(false));
+  const int64_t taps = weight.size(2) * weight.size(3);
+  const bool planes = packs_planes(weight.size(1), taps);
+  at::Tensor packed = at::empty({padded * (1 + depth * (planes ? 2 : 1))}, weight.options().requires_grad(false));
   T* out = packed.data_ptr<T>();
   pack_bias(bias, columns, padded, out);
   const OptionalTensor factors = dense(scale);
   const T* factor = data_or_null<T>(factors);
-  const bool pointwise = weight.size(2) * weight.size(3) == 1;
-  const at::Tensor rows = (pointwise ? weight : weight.permute({0, 2, 3, 1})).contiguous();
-  const T* source = rows.const_data_ptr<T>();
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / (depth * k.panel_vectors * k.lanes));
-  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t column = panel_first_vector(p, panels, vectors) * k.lanes;
-      const int64_t width = panel_first_vector(p + 1, panels, vectors) * k.lanes - column;
-      k.pack_columns(source + column * depth, std::min(width, columns - column), depth,
-                     factor == nullptr ? nullptr : factor + column, out + padded + column * depth, width);
-    }
-  });
+  const auto pack = [&](const at::Tensor& rows, T* target) {
+    const T* source = rows.const_data_ptr<T>();
+    at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t column = panel_first_vector(p, panels, vectors) * k.lanes;
+        const int64_t width = panel_first_vector(p + 1, panels, vectors) * k.lanes - column;
+        k.pack_columns(source + column * depth, std::min(width, columns - column), depth,
+                       factor == nullptr ? nullptr : factor + column, target + column * depth, width);
+      }
+    });
+  };
+  pack((taps == 1 ? weight : weight.permute({0, 2, 3, 1})).contiguous(), out + padded);
+  if (planes) pack(weight.contiguous(), out + padded * (1 + depth));
   return packed;
 }
 

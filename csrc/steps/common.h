@@ -63,6 +63,7 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 // the panels. `weight` is (K, C, kH, kW); the depth runs over kH, kW, C. One layout serves every input shape. Output
 // channels are multiplied by `scale`, where given.
 at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa);
+constexpr bool packs_planes(int64_t channels, int64_t taps) { return channels <= 4 && taps > 1; }
 // A depthwise convolution's: the bias, then the taps, each padded to whole vectors. `weight` is (C, 1, kH, kW).
 at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
                                  Isa isa);
@@ -91,6 +92,19 @@ std::unique_ptr<Step> make_conv2d(Isa isa, ImageShape x_shape, ImageShape y_shap
 std::unique_ptr<Step> make_depthwise_conv2d(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed,
                                             Window window, Activation activation, int x, int y, int sums);
 int64_t depthwise_sum_parts(int64_t out_height);
+// The L2 cache of this CPU, or a cautious guess where the system does not tell.
+int64_t l2_cache_bytes();
+// y = project(depthwise(expand(x))) + residual, or without `expand` or `project` where that is undefined; `sums` as for
+// make_depthwise_conv2d, without `project`.
+struct InvertedResidualSpec {
+  ImageShape x_shape, y_shape;
+  int64_t hidden_channels;
+  at::Tensor expand, depthwise, project;  // packed
+  Activation expand_activation, depthwise_activation, project_activation;
+  Window window;
+  int x, y, sums, residual;
+};
+std::unique_ptr<Step> make_inverted_residual(Isa isa, const InvertedResidualSpec& spec);
 // gate = gate_activation(fc2(squeeze_activation(fc1(mean of x)))), (N, C). The mean is taken from `sums`, (N, parts,
 // C), where sums >= 0, and else from x. Weights are torch's own, dense: (S, C) and (C, S).
 struct Layer {

@@ -2,9 +2,9 @@
 
 namespace mobilenet_fast {
 
-// Sums of the outputs are kept per strip of about four rows, whoever computes them, so that they do not depend on the
+// Sums of the outputs are kept per strip of about two rows, whoever computes them, so that they do not depend on the
 // number of threads.
-constexpr int64_t kStripRows = 4;
+constexpr int64_t kStripRows = 2;
 int64_t depthwise_sum_parts(int64_t out_height) { return (out_height + kStripRows - 1) / kStripRows; }
 
 namespace {

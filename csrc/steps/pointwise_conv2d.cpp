@@ -3,9 +3,6 @@
 namespace mobilenet_fast {
 namespace {
 
-// Inputs and outputs of the rows that pass all panels of weights together: half of a small L2 cache, beside the panels.
-constexpr int64_t kBlockBytes = 256 * 1024;
-
 template <class T>
 class PointwiseConv2d final : public Step {
  public:
@@ -23,7 +20,8 @@ class PointwiseConv2d final : public Step {
     vectors_ = (columns_ + kernels_.lanes - 1) / kernels_.lanes;
     panels_ = panel_count(vectors_, kernels_.panel_vectors);
     const int64_t row_bytes = static_cast<int64_t>(sizeof(T)) * (shape_.c + columns_);
-    rows_per_block_ = std::max<int64_t>(kernels_.panel_rows, kBlockBytes / row_bytes);
+    // Inputs and outputs of the rows that pass all panels together take a quarter of the L2 cache, beside the panels.
+    rows_per_block_ = std::max<int64_t>(kernels_.panel_rows, l2_cache_bytes() / 4 / row_bytes);
   }
 
   void run(const Work& work) const override {

@@ -1,0 +1,196 @@
+// Holds every kernel of every instruction set of this processor to plain loops in double, without Python or torch, so
+// that it also runs where only a cross compiler and an emulator are at hand. Prints one line a set; exits with 1 on a
+// difference.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "kernels/registry.h"
+
+using namespace mobilenet_fast;
+
+namespace {
+
+int failures = 0;
+std::mt19937 engine(0);
+
+template <class T>
+std::vector<T> random(int64_t n) {
+  std::uniform_real_distribution<double> uniform(-2.0, 2.0);
+  std::vector<T> values(n);
+  for (T& value : values) value = static_cast<T>(uniform(engine));
+  return values;
+}
+
+double activate(Activation activation, double x) {
+  const auto relu6 = [](double v) { return std::min(6.0, std::max(0.0, v)); };
+  switch (activation) {
+    case Activation::kRelu:
+      return std::max(0.0, x);
+    case Activation::kRelu6:
+      return relu6(x);
+    case Activation::kHardswish:
+      return x * relu6(x + 3) / 6;
+    case Activation::kHardsigmoid:
+      return relu6(x + 3) / 6;
+    case Activation::kSilu:
+      return x / (1 + std::exp(-x));
+    case Activation::kSigmoid:
+      return 1 / (1 + std::exp(-x));
+    default:
+      return x;
+  }
+}
+
+// `terms` products of size up to 4 were added: their roundings, and those of the activation.
+template <class T>
+void expect(const char* what, double got, double wanted, int64_t terms) {
+  const double tolerance = 4.0 * std::numeric_limits<T>::epsilon() * (4.0 * terms + 8.0);
+  if (std::abs(got - wanted) <= tolerance) return;
+  if (++failures <= 10) std::printf("%s: got %.9g, wanted %.9g\n", what, got, wanted);
+}
+
+const Activation kActivations[] = {Activation::kNone,       Activation::kRelu, Activation::kRelu6,
+                                   Activation::kHardswish,  Activation::kSilu, Activation::kSigmoid,
+                                   Activation::kHardsigmoid};
+
+template <class T>
+void check_gemm(const Kernels<T>& k, int64_t rows, int64_t depth, int64_t columns, Activation activation) {
+  const int64_t vectors = (columns + k.lanes - 1) / k.lanes, panels = panel_count(vectors, k.panel_vectors);
+  const auto a = random<T>(rows * depth), w = random<T>(columns * depth), r = random<T>(rows * columns);
+  auto bias = random<T>(vectors * k.lanes);
+  const auto scale = random<T>(columns);
+  std::vector<T> packed(vectors * k.lanes * depth), y(rows * columns + 1, T(77));
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t column = panel_first_vector(p, panels, vectors) * k.lanes;
+    const int64_t width = panel_first_vector(p + 1, panels, vectors) * k.lanes - column;
+    k.pack_columns(w.data() + column * depth, std::min(width, columns - column), depth, scale.data() + column,
+                   packed.data() + column * depth, width);
+  }
+  const int64_t offset = 0;
+  k.gemm({a.data(), depth, rows, &offset, 1, depth, packed.data(), bias.data(), columns, 0, panels, r.data(), columns,
+          y.data(), columns, 16, activation});
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < columns; ++n) {
+      double sum = bias[n] + static_cast<double>(r[m * columns + n]);
+      for (int64_t c = 0; c < depth; ++c) sum += 1.0 * a[m * depth + c] * w[n * depth + c] * scale[n];
+      expect<T>("gemm", y[m * columns + n], activate(activation, sum), 2 * depth);
+    }
+  }
+  expect<T>("gemm past the end", y[rows * columns], 77, 0);
+}
+
+template <class T>
+void check_depthwise(const Kernels<T>& k, int64_t size, int64_t channels, int64_t kernel, int64_t stride,
+                     int64_t dilation, Activation activation) {
+  const int64_t pad = kernel / 2, reach = (kernel - 1) * dilation + 1;
+  if (size + 2 * pad < reach) return;
+  const int64_t out = (size + 2 * pad - reach) / stride + 1;
+  const auto x = random<T>(size * size * channels), w = random<T>(kernel * kernel * channels), b = random<T>(channels);
+  std::vector<T> y(out * out * channels + 1, T(77)), sums(channels, T(0));
+  k.depthwise_conv2d({x.data(), size * channels, channels,       size,      size,   w.data(), channels,
+                      b.data(), y.data(),        out * channels, channels,  0,      out,      out,
+                      channels, kernel,          kernel,         stride,    stride, pad,      pad,
+                      dilation, dilation,        sums.data(),    activation});
+  std::vector<double> totals(channels, 0.0);
+  for (int64_t oy = 0; oy < out; ++oy) {
+    for (int64_t ox = 0; ox < out; ++ox) {
+      for (int64_t c = 0; c < channels; ++c) {
+        double sum = b[c];
+        for (int64_t ky = 0; ky < kernel; ++ky) {
+          for (int64_t kx = 0; kx < kernel; ++kx) {
+            const int64_t iy = oy * stride - pad + ky * dilation, ix = ox * stride - pad + kx * dilation;
+            if (iy < 0 || iy >= size || ix < 0 || ix >= size) continue;
+            sum += 1.0 * x[(iy * size + ix) * channels + c] * w[(ky * kernel + kx) * channels + c];
+          }
+        }
+        const double value = activate(activation, sum);
+        totals[c] += value;
+        expect<T>("depthwise", y[(oy * out + ox) * channels + c], value, kernel * kernel);
+      }
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) expect<T>("depthwise sums", sums[c], totals[c], kernel * kernel * out * out);
+  expect<T>("depthwise past the end", y[out * out * channels], 77, 0);
+}
+
+template <class T>
+void check_elementwise(const Kernels<T>& k, int64_t rows, int64_t channels, Activation activation) {
+  const auto x = random<T>(rows * channels), other = random<T>(rows * channels), scale = random<T>(channels),
+             shift = random<T>(channels), w = random<T>(channels * channels);
+  std::vector<T> y(rows * channels), plane(rows * channels), sum(rows * channels), sums(channels),
+      layer(rows * channels);
+  k.scale_shift_act({x.data(), channels, y.data(), channels, rows, channels, scale.data(), shift.data(), activation});
+  k.scale_shift_act_plane(x.data(), plane.data(), rows * channels, scale[0], shift[0], activation);
+  k.add_act(x.data(), other.data(), sum.data(), rows * channels, activation);
+  k.sum_rows(x.data(), channels, rows, channels, sums.data());
+  k.fully_connected(x.data(), rows, channels, w.data(), shift.data(), 0, channels, channels, activation, layer.data());
+  double total = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    double column = 0;
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t i = m * channels + c;
+      expect<T>("scale_shift_act", y[i], activate(activation, 1.0 * x[i] * scale[c] + shift[c]), 1);
+      expect<T>("plane", plane[i], activate(activation, 1.0 * x[i] * scale[0] + shift[0]), 1);
+      expect<T>("add_act", sum[i], activate(activation, 1.0 * x[i] + other[i]), 1);
+      double dot = shift[c];
+      for (int64_t j = 0; j < channels; ++j) dot += 1.0 * x[m * channels + j] * w[c * channels + j];
+      expect<T>("fully_connected", layer[i], activate(activation, dot), channels);
+      column += x[i];
+    }
+    expect<T>("sum_rows", sums[c], column, rows);
+    total += column;
+  }
+  expect<T>("sum_plane", k.sum_plane(x.data(), rows * channels), total, rows * channels);
+
+  std::vector<T> var(channels), folded(2 * channels);
+  for (T& v : var) v = std::abs(random<T>(1)[0]) + T(0.5);
+  k.fold_batch_norm(x.data(), var.data(), scale.data(), shift.data(), T(1e-3), channels, folded.data(),
+                    folded.data() + channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double s = scale[c] / std::sqrt(var[c] + double(T(1e-3)));
+    expect<T>("fold scale", folded[c], s, 2);
+    expect<T>("fold shift", folded[channels + c], shift[c] - x[c] * s, 2);
+  }
+}
+
+template <class T>
+void check_all(Isa isa) {
+  const Kernels<T>& k = kernels<T>(isa);
+  int turn = 0;
+  const auto next = [&] { return kActivations[turn++ % 7]; };
+  const int64_t lanes = k.lanes;
+  for (int64_t rows : {1, 2, 5, 6, 7, 13, 24, 49}) {
+    for (int64_t columns :
+         {int64_t(1), lanes - 1, lanes, lanes + 1, 2 * lanes, 3 * lanes - 1, 4 * lanes, 9 * lanes + 3}) {
+      if (columns > 0) check_gemm(k, rows, 1 + rows % 19 + columns % 5, columns, next());
+    }
+  }
+  for (int64_t channels : {int64_t(1), lanes - 1, lanes, 2 * lanes + 3}) {
+    for (int64_t size : {1, 2, 5, 7, 9, 17}) {
+      for (int64_t kernel : {1, 2, 3, 5, 7}) {
+        for (int64_t stride : {1, 2, 3}) {
+          if (channels > 0) check_depthwise(k, size, channels, kernel, stride, 1 + (size + kernel) % 2, next());
+        }
+      }
+    }
+    for (int64_t rows : {1, 3, 4, 9}) {
+      if (channels > 0) check_elementwise(k, rows, channels, next());
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (Isa isa : available_isas()) {
+    const int before = failures;
+    check_all<float>(isa);
+    check_all<double>(isa);
+    std::printf("%s: %s\n", isa_name(isa), failures == before ? "as the reference" : "DIFFERENT");
+  }
+  return failures == 0 ? 0 : 1;
+}
