@@ -105,6 +105,12 @@ OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
+at::Tensor packed_memory(int64_t elements, const at::Tensor& weight, Scratch* scratch) {
+  const at::TensorOptions options = weight.options().requires_grad(false);
+  if (scratch == nullptr) return at::empty({elements}, options);
+  return at::from_blob(scratch->at_least(static_cast<size_t>(elements) * weight.element_size()), {elements}, options);
+}
+
 template <class T>
 void pack_bias(const OptionalTensor& bias, int64_t columns, int64_t padded, T* out) {
   if (bias.has_value()) std::copy_n(bias->contiguous().template const_data_ptr<T>(), columns, out);
@@ -112,14 +118,15 @@ void pack_bias(const OptionalTensor& bias, int64_t columns, int64_t padded, T* o
 }
 
 template <class T>
-at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa) {
+at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa,
+                          Scratch* scratch) {
   const Kernels<T>& k = kernels<T>(isa);
   const int64_t columns = weight.size(0), depth = weight.numel() / columns;
   const int64_t vectors = (columns + k.lanes - 1) / k.lanes, panels = panel_count(vectors, k.panel_vectors);
   const int64_t padded = vectors * k.lanes;
   const int64_t taps = weight.size(2) * weight.size(3);
   const bool planes = packs_planes(weight.size(1), taps);
-  at::Tensor packed = at::empty({padded * (1 + depth * (planes ? 2 : 1))}, weight.options().requires_grad(false));
+  at::Tensor packed = packed_memory(padded * (1 + depth * (planes ? 2 : 1)), weight, scratch);
   T* out = packed.data_ptr<T>();
   pack_bias(bias, columns, padded, out);
   const OptionalTensor factors = dense(scale);
@@ -143,11 +150,11 @@ at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, 
 
 template <class T>
 at::Tensor pack_depthwise_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-                                    Isa isa) {
+                                    Isa isa, Scratch* scratch) {
   const Kernels<T>& k = kernels<T>(isa);
   const int64_t channels = weight.size(0), taps = weight.numel() / channels;
   const int64_t padded = round_up(channels, k.lanes);
-  at::Tensor packed = at::empty({padded * (1 + taps)}, weight.options().requires_grad(false));
+  at::Tensor packed = packed_memory(padded * (1 + taps), weight, scratch);
   T* out = packed.data_ptr<T>();
   pack_bias(bias, channels, padded, out);
   const OptionalTensor factors = dense(scale);
@@ -172,15 +179,22 @@ at::Tensor fold_batch_norm_as(const at::Tensor& mean, const at::Tensor& var, con
 
 }  // namespace
 
-at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa) {
+Scratch& packing_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa,
+                       Scratch* scratch) {
   return dispatch(weight.scalar_type(),
-                  [&](auto zero) { return pack_conv2d_as<decltype(zero)>(weight, bias, scale, isa); });
+                  [&](auto zero) { return pack_conv2d_as<decltype(zero)>(weight, bias, scale, isa, scratch); });
 }
 
 at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-                                 Isa isa) {
-  return dispatch(weight.scalar_type(),
-                  [&](auto zero) { return pack_depthwise_conv2d_as<decltype(zero)>(weight, bias, scale, isa); });
+                                 Isa isa, Scratch* scratch) {
+  return dispatch(weight.scalar_type(), [&](auto zero) {
+    return pack_depthwise_conv2d_as<decltype(zero)>(weight, bias, scale, isa, scratch);
+  });
 }
 
 at::Tensor fold_batch_norm(const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,

@@ -62,11 +62,15 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 // A convolution's weight and bias as the GEMM kernel reads them (see GemmArgs): the bias padded to whole vectors, then
 // the panels. `weight` is (K, C, kH, kW); the depth runs over kH, kW, C. One layout serves every input shape. Output
 // channels are multiplied by `scale`, where given.
-at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa);
+// The result lies in `scratch`, where given, and is good until that is used again.
+at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa,
+                       Scratch* scratch = nullptr);
 constexpr bool packs_planes(int64_t channels, int64_t taps) { return channels <= 4 && taps > 1; }
 // A depthwise convolution's: the bias, then the taps, each padded to whole vectors. `weight` is (C, 1, kH, kW).
 at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-                                 Isa isa);
+                                 Isa isa, Scratch* scratch = nullptr);
+// Where eager operators pack the weights of one call: memory that stays mapped, and in cache, from call to call.
+Scratch& packing_scratch();
 // Batch norm as a scale and a shift, (2, C).
 at::Tensor fold_batch_norm(const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
                            const OptionalTensor& bias, double eps, Isa isa);

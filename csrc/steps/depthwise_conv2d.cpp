@@ -137,7 +137,7 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
   Output y({n, k, out_h, out_w}, input.options(), conv_memory_format(input, weight));
   // A channel multiplier repeats each input channel, so that input and output channels correspond.
   const at::Tensor x = as_channels_last(k == c ? input : input.repeat_interleave(k / c, 1));
-  const at::Tensor packed = pack_depthwise_conv2d(weight, bias, scale, chosen);
+  const at::Tensor packed = pack_depthwise_conv2d(weight, bias, scale, chosen, &packing_scratch());
   const Window window{weight.size(2), weight.size(3), stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w};
   run_step(*make_depthwise_conv2d(chosen, {n, h, w, k}, {n, out_h, out_w, k}, packed, window, act, 0, 1, -1),
            {buffer_of(x), buffer_of(y.dense())});

@@ -137,7 +137,7 @@ at::Tensor pointwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
 
   Output y({n, k, h, w}, input.options(), conv_memory_format(input, weight));
   const at::Tensor x = as_channels_last(input);
-  const at::Tensor packed = pack_conv2d(weight, bias, scale, chosen);
+  const at::Tensor packed = pack_conv2d(weight, bias, scale, chosen, &packing_scratch());
   std::vector<Buffer> buffers = {buffer_of(x), buffer_of(y.dense())};
   at::Tensor gate_dense, residual_dense;
   int gate_index = -1, residual_index = -1;
