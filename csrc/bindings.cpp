@@ -33,14 +33,16 @@ AtenArgument aten_argument(const py::handle& object, const c10::Argument& argume
   }
   if (py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object)) {
     std::vector<int64_t> values;
-    bool refers = false, optional = false;
+    bool refers = false, optional = false, other = false;
     for (const py::handle& item : object) {
       const bool is_value = py::isinstance<ValueRef>(item);
+      other |= !is_value && !item.is_none();
       refers |= is_value;
       optional |= item.is_none();
       values.push_back(is_value ? item.cast<ValueRef>().index : -1);
     }
     if (refers) {
+      if (other) throw py::value_error("Plan: a list among the arguments must hold values only, or constants only");
       const auto list = argument.type()->cast<c10::ListType>();
       optional |= list && list->getElementType()->kind() == c10::TypeKind::OptionalType;
       return {optional ? AtenArgument::kOptionalValues : AtenArgument::kValues, {}, std::move(values)};

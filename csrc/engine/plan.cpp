@@ -26,9 +26,8 @@ Buffer dense_buffer(void* data, const std::vector<int64_t>& shape) {
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // `seconds`, where given, takes the time of each step, from barrier to barrier.
-void run_steps(const std::vector<const Step*>& steps, const Buffer* buffers, size_t shared_bytes, size_t thread_bytes,
-               Scratch& scratch, double* seconds = nullptr) {
-  const int threads = team_size();
+void run_steps(int threads, const std::vector<const Step*>& steps, const Buffer* buffers, size_t shared_bytes,
+               size_t thread_bytes, Scratch& scratch, double* seconds = nullptr) {
   shared_bytes = round_up(static_cast<int64_t>(shared_bytes), 64);
   thread_bytes = round_up(static_cast<int64_t>(thread_bytes), 64);
   char* memory = scratch.at_least(shared_bytes + thread_bytes * threads + 64);
@@ -62,7 +61,8 @@ Memory allocate(size_t bytes) {
 
 void run_step(const Step& step, const std::vector<Buffer>& buffers) {
   thread_local Scratch scratch;
-  run_steps({&step}, buffers.data(), step.shared_scratch_bytes(), step.thread_scratch_bytes(), scratch);
+  const int threads = static_cast<int>(std::clamp<int64_t>(step.threads_worth(), 1, team_size()));
+  run_steps(threads, {&step}, buffers.data(), step.shared_scratch_bytes(), step.thread_scratch_bytes(), scratch);
 }
 
 Plan::Plan(at::ScalarType dtype, std::vector<Value> values, std::vector<int64_t> outputs, int64_t arena_bytes)
@@ -102,7 +102,8 @@ void Plan::run_native(const Segment& segment, const std::vector<Buffer>& buffers
   std::vector<const Step*> steps;
   steps.reserve(segment.steps.size());
   for (const auto& step : segment.steps) steps.push_back(step.get());
-  run_steps(steps, buffers.data(), segment.shared_scratch_bytes, segment.thread_scratch_bytes, arena.scratch, seconds);
+  run_steps(team_size(), steps, buffers.data(), segment.shared_scratch_bytes, segment.thread_scratch_bytes,
+            arena.scratch, seconds);
 }
 
 at::Tensor Plan::tensor_of(int64_t value, const std::vector<at::Tensor>& tensors,

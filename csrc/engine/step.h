@@ -38,6 +38,8 @@ class Step {
   virtual void run(const Work& work) const = 0;
   virtual size_t shared_scratch_bytes() const { return 0; }
   virtual size_t thread_scratch_bytes() const { return 0; }
+  // More threads than this would wait for each other longer than they work, when the step runs alone.
+  virtual int64_t threads_worth() const { return INT32_MAX; }
   // What the step chose, for reports: "gemm 784×72×40, panels of 3 vectors".
   virtual std::string describe() const = 0;
 };

@@ -87,10 +87,11 @@ struct Kernels {
   // sums[c] = sum over rows of x[row * stride + c].
   void (*sum_rows)(const T* x, int64_t stride, int64_t rows, int64_t channels, T* sums);
   T (*sum_plane)(const T* x, int64_t n);
-  // y[m, k] = activation(bias[k] + sum over c of x[m, c] * weight[k, c]) for m < rows and begin <= k < end; x is (rows,
-  // channels), weight (out_channels, channels) and y (rows, out_channels), all dense; bias may be null.
-  void (*fully_connected)(const T* x, int64_t rows, int64_t channels, const T* weight, const T* bias, int64_t begin,
-                          int64_t end, int64_t out_channels, Activation activation, T* y);
+  // y[m, k] = activation(bias[k] + scale[k] * sum over c of x[m, c] * weight[k, c]) for m < rows and begin <= k < end;
+  // x is (rows, channels), weight (out_channels, channels) and y (rows, out_channels), all dense; scale and bias may be
+  // null.
+  void (*fully_connected)(const T* x, int64_t rows, int64_t channels, const T* weight, const T* scale, const T* bias,
+                          int64_t begin, int64_t end, int64_t out_channels, Activation activation, T* y);
   // out[k * width + j] = source[j * depth + k] * scale[j] for j < columns, 0 up to width (a multiple of lanes); without
   // scale it is 1.
   void (*pack_columns)(const T* source, int64_t columns, int64_t depth, const T* scale, T* out, int64_t width);

@@ -36,8 +36,8 @@ inline void dot_rows(const T* x, const T* weight, int64_t channels, T* y) {
 
 // See Kernels::fully_connected.
 template <class T>
-void fully_connected(const T* x, int64_t rows, int64_t channels, const T* weight, const T* bias, int64_t begin,
-                     int64_t end, int64_t out_channels, Activation activation, T* y) {
+void fully_connected(const T* x, int64_t rows, int64_t channels, const T* weight, const T* scale, const T* bias,
+                     int64_t begin, int64_t end, int64_t out_channels, Activation activation, T* y) {
   for (int64_t k = begin; k < end;) {
     const bool four = k + 4 <= end;
     for (int64_t row = 0; row < rows; ++row) {
@@ -47,7 +47,10 @@ void fully_connected(const T* x, int64_t rows, int64_t channels, const T* weight
       } else {
         dot_rows<T, 1>(x + row * channels, weight + k * channels, channels, out);
       }
-      for (int64_t i = 0; bias != nullptr && i < (four ? 4 : 1); ++i) out[i] += bias[k + i];
+      for (int64_t i = 0; i < (four ? 4 : 1); ++i) {
+        if (scale != nullptr) out[i] *= scale[k + i];
+        if (bias != nullptr) out[i] += bias[k + i];
+      }
     }
     k += four ? 4 : 1;
   }

@@ -27,6 +27,7 @@ class ScaleShiftAct final : public Step {
     }
   }
 
+  int64_t threads_worth() const override { return elementwise_threads(shape_.n * shape_.pixels() * shape_.c); }
   std::string describe() const override { return gate_ < 0 ? "elementwise" : "elementwise, gated"; }
 
  private:
@@ -58,6 +59,7 @@ class ScaleShiftActPlanes final : public Step {
     }
   }
 
+  int64_t threads_worth() const override { return elementwise_threads(shape_.n * shape_.pixels() * shape_.c); }
   std::string describe() const override { return "elementwise, by planes"; }
 
  private:

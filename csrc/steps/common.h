@@ -57,6 +57,9 @@ constexpr at::ScalarType scalar_type() {
   return std::is_same_v<T, double> ? at::kDouble : at::kFloat;
 }
 
+// Threads that an elementwise pass over so many elements is worth.
+inline int64_t elementwise_threads(int64_t elements) { return elements / (16 * 1024); }
+
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // A convolution's weight and bias as the GEMM kernel reads them (see GemmArgs): the bias padded to whole vectors, then

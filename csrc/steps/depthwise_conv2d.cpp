@@ -126,19 +126,24 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
     return both;
   };
   const auto [stride_h, stride_w] = pair("stride", stride, 1);
-  const auto [pad_h, pad_w] = pair("padding", padding, 0);
+  // Four values pad each side by its own: top, bottom, left, right.
+  const bool each_side = padding.size() == 4;
+  const auto [pad_top, pad_left] = pair("padding", each_side ? at::IntArrayRef{padding[0], padding[2]} : padding, 0);
+  const auto [pad_bottom, pad_right] =
+      pair("padding", each_side ? at::IntArrayRef{padding[1], padding[3]} : padding, 0);
   const auto [dilation_h, dilation_w] = pair("dilation", dilation, 1);
   const int64_t reach_h = dilation_h * (weight.size(2) - 1) + 1, reach_w = dilation_w * (weight.size(3) - 1) + 1;
-  TORCH_CHECK_VALUE(reach_h <= h + 2 * pad_h && reach_w <= w + 2 * pad_w, kName,
-                    ": the dilated kernel must fit into the padded input ",
-                    shape_string({h + 2 * pad_h, w + 2 * pad_w}), ", got ", shape_string({reach_h, reach_w}));
-  const int64_t out_h = (h + 2 * pad_h - reach_h) / stride_h + 1, out_w = (w + 2 * pad_w - reach_w) / stride_w + 1;
+  const int64_t padded_h = pad_top + h + pad_bottom, padded_w = pad_left + w + pad_right;
+  TORCH_CHECK_VALUE(reach_h <= padded_h && reach_w <= padded_w, kName,
+                    ": the dilated kernel must fit into the padded input ", shape_string({padded_h, padded_w}),
+                    ", got ", shape_string({reach_h, reach_w}));
+  const int64_t out_h = (padded_h - reach_h) / stride_h + 1, out_w = (padded_w - reach_w) / stride_w + 1;
 
   Output y({n, k, out_h, out_w}, input.options(), conv_memory_format(input, weight));
   // A channel multiplier repeats each input channel, so that input and output channels correspond.
   const at::Tensor x = as_channels_last(k == c ? input : input.repeat_interleave(k / c, 1));
   const at::Tensor packed = pack_depthwise_conv2d(weight, bias, scale, chosen, &packing_scratch());
-  const Window window{weight.size(2), weight.size(3), stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w};
+  const Window window{weight.size(2), weight.size(3), stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w};
   run_step(*make_depthwise_conv2d(chosen, {n, h, w, k}, {n, out_h, out_w, k}, packed, window, act, 0, 1, -1),
            {buffer_of(x), buffer_of(y.dense())});
   return y.finish();

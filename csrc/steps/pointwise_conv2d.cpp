@@ -1,3 +1,5 @@
+#include <ATen/core/grad_mode.h>
+
 #include "steps/common.h"
 
 namespace mobilenet_fast {
@@ -85,7 +87,7 @@ class PointwiseConv2d final : public Step {
 
   std::string describe() const override {
     return "gemm " + std::to_string(shape_.n * shape_.pixels()) + "×" + std::to_string(shape_.c) + "×" +
-           std::to_string(columns_) + ", " + std::to_string(panels_) + " panels";
+           std::to_string(columns_) + ", " + std::to_string(panels_) + (panels_ == 1 ? " panel" : " panels");
   }
 
  private:
@@ -95,6 +97,34 @@ class PointwiseConv2d final : public Step {
   at::Tensor packed_;
   Activation activation_;
   int x_, y_, gate_, residual_;
+};
+
+// The same for few rows, on weights as torch keeps them: packing would take longer than the product.
+constexpr int64_t kFewRows = 4;
+
+template <class T>
+class PointwiseFewRows final : public Step {
+ public:
+  PointwiseFewRows(Isa isa, int64_t rows, const at::Tensor& weight, const OptionalTensor& scale,
+                   const OptionalTensor& bias, Activation activation)
+      : kernels_(kernels<T>(isa)), rows_(rows), weight_(weight), scale_(scale), bias_(bias), activation_(activation) {}
+
+  void run(const Work& work) const override {
+    const auto data = [](const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr<T>() : nullptr; };
+    const int64_t columns = weight_.size(0);
+    const Range range = work.team.share(columns);
+    kernels_.fully_connected(work.buffer<T>(0), rows_, weight_.size(1), weight_.const_data_ptr<T>(), data(scale_),
+                             data(bias_), range.begin, range.end, columns, activation_, work.buffer<T>(1));
+  }
+
+  std::string describe() const override { return "dot products, " + std::to_string(rows_) + " rows"; }
+
+ private:
+  const Kernels<T>& kernels_;
+  int64_t rows_;
+  at::Tensor weight_;
+  OptionalTensor scale_, bias_;
+  Activation activation_;
 };
 
 }  // namespace
@@ -137,6 +167,18 @@ at::Tensor pointwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
 
   Output y({n, k, h, w}, input.options(), conv_memory_format(input, weight));
   const at::Tensor x = as_channels_last(input);
+  if (n * h * w <= kFewRows && !residual.has_value()) {
+    const at::NoGradGuard no_grad;
+    const at::Tensor gated = gate.has_value() ? as_channels_last(x * *gate) : x;
+    const auto dense = [](const OptionalTensor& t) {
+      return t.has_value() ? OptionalTensor(t->contiguous()) : std::nullopt;
+    };
+    dispatch(dtype, [&](auto zero) {
+      run_step(PointwiseFewRows<decltype(zero)>(chosen, n * h * w, weight.contiguous(), dense(scale), dense(bias), act),
+               {buffer_of(gated), buffer_of(y.dense())});
+    });
+    return y.finish();
+  }
   const at::Tensor packed = pack_conv2d(weight, bias, scale, chosen, &packing_scratch());
   std::vector<Buffer> buffers = {buffer_of(x), buffer_of(y.dense())};
   at::Tensor gate_dense, residual_dense;

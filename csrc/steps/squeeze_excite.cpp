@@ -31,7 +31,7 @@ template <class T>
 void run_layer(const Kernels<T>& kernels, const Team& team, const T* x, int64_t images, const Layer& layer, T* y) {
   const int64_t out_channels = layer.weight.size(0), channels = layer.weight.size(1);
   const Range range = team.share(out_channels);
-  kernels.fully_connected(x, images, channels, layer.weight.const_data_ptr<T>(),
+  kernels.fully_connected(x, images, channels, layer.weight.const_data_ptr<T>(), nullptr,
                           layer.bias.has_value() ? layer.bias->const_data_ptr<T>() : nullptr, range.begin, range.end,
                           out_channels, layer.activation, y);
 }

@@ -127,7 +127,8 @@ void check_elementwise(const Kernels<T>& k, int64_t rows, int64_t channels, Acti
   k.scale_shift_act_plane(x.data(), plane.data(), rows * channels, scale[0], shift[0], activation);
   k.add_act(x.data(), other.data(), sum.data(), rows * channels, activation);
   k.sum_rows(x.data(), channels, rows, channels, sums.data());
-  k.fully_connected(x.data(), rows, channels, w.data(), shift.data(), 0, channels, channels, activation, layer.data());
+  k.fully_connected(x.data(), rows, channels, w.data(), scale.data(), shift.data(), 0, channels, channels, activation,
+                    layer.data());
   double total = 0;
   for (int64_t c = 0; c < channels; ++c) {
     double column = 0;
@@ -136,9 +137,9 @@ void check_elementwise(const Kernels<T>& k, int64_t rows, int64_t channels, Acti
       expect<T>("scale_shift_act", y[i], activate(activation, 1.0 * x[i] * scale[c] + shift[c]), 1);
       expect<T>("plane", plane[i], activate(activation, 1.0 * x[i] * scale[0] + shift[0]), 1);
       expect<T>("add_act", sum[i], activate(activation, 1.0 * x[i] + other[i]), 1);
-      double dot = shift[c];
+      double dot = 0;
       for (int64_t j = 0; j < channels; ++j) dot += 1.0 * x[m * channels + j] * w[c * channels + j];
-      expect<T>("fully_connected", layer[i], activate(activation, dot), channels);
+      expect<T>("fully_connected", layer[i], activate(activation, dot * scale[c] + shift[c]), 2 * channels);
       column += x[i];
     }
     expect<T>("sum_rows", sums[c], column, rows);
