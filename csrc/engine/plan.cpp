@@ -188,7 +188,7 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
     if (value.storage == Storage::kArena) {
       buffers[i] = dense_buffer(memory + value.location, value.shape);
     } else if (value.storage == Storage::kInput) {
-      const at::Tensor& input = inputs[value.location];
+      const at::Tensor input = inputs[value.location].resolve_neg();  // memory that holds the numbers themselves
       tensors[i] = value.any_strides ? input : input.contiguous(engine_format(value.shape.size()));
       buffers[i] = buffer_with_strides(tensors[i]);
     } else if (value.storage == Storage::kOutput) {

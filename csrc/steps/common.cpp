@@ -86,7 +86,9 @@ at::Tensor Output::finish() {
   return result_;
 }
 
-at::Tensor as_channels_last(const at::Tensor& input) { return input.contiguous(at::MemoryFormat::ChannelsLast); }
+at::Tensor as_channels_last(const at::Tensor& input) {
+  return input.resolve_neg().contiguous(at::MemoryFormat::ChannelsLast);
+}
 
 Buffer buffer_with_strides(const at::Tensor& tensor) {
   Buffer buffer = buffer_of(tensor);
