@@ -36,8 +36,18 @@ def _import_compiled():
 cpu_isa = _import_compiled().cpu_isa
 
 from mobilenet_fast import functional, models, nn
-from mobilenet_fast.accelerate import accelerate
+from mobilenet_fast.accelerate import AcceleratedModule, accelerate, load
 from mobilenet_fast.replace import replace_layers, restore_layers
 
 __version__ = "0.1.0"
-__all__ = ["accelerate", "cpu_isa", "functional", "models", "nn", "replace_layers", "restore_layers"]
+__all__ = [
+    "AcceleratedModule",
+    "accelerate",
+    "cpu_isa",
+    "functional",
+    "load",
+    "models",
+    "nn",
+    "replace_layers",
+    "restore_layers",
+]

@@ -37,11 +37,12 @@ def depthwise_conv2d(
     dilation: int | tuple[int, int] = 1,
     *,
     activation: str = "none",
+    scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """One filter, or M, for each channel.
 
-    ``activation(F.conv2d(input, weight, bias, stride, padding, dilation, groups=C))``
+    ``activation(F.conv2d(input, scale * weight, bias, stride, padding, dilation, groups=C))``
 
     Args:
         input: (N, C, H, W) of any strides.
@@ -49,6 +50,7 @@ def depthwise_conv2d(
         bias: (C·M,).
         stride, padding, dilation: one number or (vertical, horizontal); ``padding`` also "same" or "valid".
         activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
+        scale: (C·M,), a factor for each filter, such as a batch norm's; it costs nothing.
         backend: None, "cpp" or "reference".
 
     Returns:
@@ -61,8 +63,8 @@ def depthwise_conv2d(
         input, padding = _pad_for(padding, input, weight, stride, dilation)
     else:
         padding = reference.pair(padding)
-    run = _implementation("depthwise_conv2d", backend, input, weight, bias)
-    return run(input, weight, bias, stride, padding, dilation, activation)
+    run = _implementation("depthwise_conv2d", backend, input, weight, bias, scale)
+    return run(input, weight, bias, stride, padding, dilation, activation, scale)
 
 
 def pointwise_conv2d(
@@ -73,11 +75,12 @@ def pointwise_conv2d(
     activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """1x1 convolution with what surrounds it in a block.
 
-    ``activation(F.conv2d(input * gate, weight, bias) + residual)``
+    ``activation(F.conv2d(input * gate, scale * weight, bias) + residual)``
 
     Args:
         input: (N, C, H, W) of any strides.
@@ -86,6 +89,7 @@ def pointwise_conv2d(
         activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
         gate: (N, C, 1, 1), a factor for each input channel, such as a squeeze-excite's.
         residual: (N, K, H, W), added before the activation.
+        scale: (K,), a factor for each filter, such as a batch norm's; it costs nothing.
         backend: None, "cpp" or "reference".
 
     Returns:
@@ -94,8 +98,8 @@ def pointwise_conv2d(
     MobileNets (Howard et al., 2017, arXiv:1704.04861), section 3.1; MobileNetV3 (Howard et al., 2019,
     arXiv:1905.02244), figure 4.
     """
-    run = _implementation("pointwise_conv2d", backend, input, weight, bias, gate, residual)
-    return run(input, weight, bias, activation, gate, residual)
+    run = _implementation("pointwise_conv2d", backend, input, weight, bias, gate, residual, scale)
+    return run(input, weight, bias, activation, gate, residual, scale)
 
 
 def batch_norm_act(

@@ -17,16 +17,16 @@ def _empty_conv_output(input: Tensor, weight: Tensor, size: tuple) -> Tensor:
 
 
 @torch.library.register_fake("mobilenet_fast::depthwise_conv2d")
-def _(input, weight, bias=None, stride=1, padding=0, dilation=1, activation="none"):
+def _(input, weight, bias=None, stride=1, padding=0, dilation=1, activation="none", scale=None):
     stride, padding, dilation = map(reference.pair, (stride, padding, dilation))
-    reference.check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation)
+    reference.check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation, scale)
     map_size = map(reference.conv_output_size, input.shape[2:], weight.shape[2:], stride, padding, dilation)
     return _empty_conv_output(input, weight, (input.size(0), weight.size(0), *map_size))
 
 
 @torch.library.register_fake("mobilenet_fast::pointwise_conv2d")
-def _(input, weight, bias=None, activation="none", gate=None, residual=None):
-    reference.check_pointwise_conv2d(input, weight, bias, activation, gate, residual)
+def _(input, weight, bias=None, activation="none", gate=None, residual=None, scale=None):
+    reference.check_pointwise_conv2d(input, weight, bias, activation, gate, residual, scale)
     return _empty_conv_output(input, weight, (input.size(0), weight.size(0), *input.shape[2:]))
 
 

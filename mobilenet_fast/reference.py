@@ -26,17 +26,20 @@ def activation(x: Tensor, name: str) -> Tensor:
     return ACTIVATIONS[name](x)
 
 
-def depthwise_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, activation="none") -> Tensor:
-    """``activation(F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.size(1)))``"""
+def depthwise_conv2d(
+    input, weight, bias=None, stride=1, padding=0, dilation=1, activation="none", scale=None
+) -> Tensor:
+    """``activation(F.conv2d(input, scale * weight, bias, stride, padding, dilation, groups=input.size(1)))``"""
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
-    check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation)
+    check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation, scale)
+    weight = _scaled(weight, scale)
     return ACTIVATIONS[activation](F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.size(1)))
 
 
-def pointwise_conv2d(input, weight, bias=None, activation="none", gate=None, residual=None) -> Tensor:
-    """``activation(F.conv2d(input * gate, weight, bias) + residual)``"""
-    check_pointwise_conv2d(input, weight, bias, activation, gate, residual)
-    output = F.conv2d(input if gate is None else input * gate, weight, bias)
+def pointwise_conv2d(input, weight, bias=None, activation="none", gate=None, residual=None, scale=None) -> Tensor:
+    """``activation(F.conv2d(input * gate, scale * weight, bias) + residual)``"""
+    check_pointwise_conv2d(input, weight, bias, activation, gate, residual, scale)
+    output = F.conv2d(input if gate is None else input * gate, _scaled(weight, scale), bias)
     return ACTIVATIONS[activation](output if residual is None else output + residual)
 
 
@@ -55,6 +58,11 @@ def squeeze_excite(
     return input * ACTIVATIONS[gate_activation](F.conv2d(squeezed, weight2, bias2))
 
 
+def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The filters, each times its output channel's factor."""
+    return weight if scale is None else weight * scale.view(-1, 1, 1, 1)
+
+
 def pair(value) -> tuple:
     """One value for both axes, or the two given."""
     if isinstance(value, (tuple, list)):
@@ -71,9 +79,9 @@ def check_activation(operation: str, name: str, argument: str = "activation") ->
         raise ValueError(f"{operation}: {argument} must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
 
 
-def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation) -> None:
+def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation, scale) -> None:
     operation = "depthwise_conv2d"
-    _check_input(operation, input, weight=weight, bias=bias)
+    _check_input(operation, input, weight=weight, bias=bias, scale=scale)
     channels = input.size(1)
     if weight.dim() != 4 or weight.size(1) != 1 or weight.size(0) == 0 or weight.size(0) % channels:
         raise ValueError(
@@ -82,6 +90,7 @@ def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activ
     if min(weight.shape[2:]) == 0:
         raise ValueError(f"{operation}: weight must have kH and kW of at least 1, got {_shape(weight)}")
     _check_shape(operation, "bias", bias, (weight.size(0),))
+    _check_shape(operation, "scale", scale, (weight.size(0),))
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(value) != 2:
             raise ValueError(f"{operation}: {name} must be one number or two, got {len(value)}")
@@ -94,13 +103,14 @@ def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activ
     check_activation(operation, activation)
 
 
-def check_pointwise_conv2d(input, weight, bias, activation, gate, residual) -> None:
+def check_pointwise_conv2d(input, weight, bias, activation, gate, residual, scale) -> None:
     operation = "pointwise_conv2d"
-    _check_input(operation, input, weight=weight, bias=bias, gate=gate, residual=residual)
+    _check_input(operation, input, weight=weight, bias=bias, gate=gate, residual=residual, scale=scale)
     batch, channels, height, width = input.shape
     if weight.dim() != 4 or weight.size(0) == 0 or tuple(weight.shape[1:]) != (channels, 1, 1):
         raise ValueError(f"{operation}: weight must be (K, C, 1, 1) with C={channels}, got {_shape(weight)}")
     _check_shape(operation, "bias", bias, (weight.size(0),))
+    _check_shape(operation, "scale", scale, (weight.size(0),))
     _check_shape(operation, "gate", gate, (batch, channels, 1, 1))
     _check_shape(operation, "residual", residual, (batch, weight.size(0), height, width))
     check_activation(operation, activation)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import nn as fast
 from .nn.depthwise import is_depthwise
 from .nn.dispatch import activation_name, activation_of, known, unhooked
-from .nn.fusion import run_chain
+from .nn.fusion import Chained, Links
 from .nn.pointwise import is_pointwise
 
 __all__ = ["Replacement", "replace_layers", "restore_layers"]
@@ -49,8 +49,8 @@ def replace_layers(
 
     Replaced are depthwise and 1x1 `nn.Conv2d`, `nn.BatchNorm2d`, and `nn.Sequential` with any subclass that leaves
     its forward alone (it becomes a `FusedSequential`, which runs convolution, batch norm and activation as one kernel
-    call); torchvision's `SqueezeExcitation`; timm's `BatchNormAct2d`, `Conv2dSame`, `SqueezeExcite`, `SEModule` and
-    the blocks of its EfficientNets and MobileNets. What gains is inference on float32 and float64 CPU tensors under
+    call); torchvision's `SqueezeExcitation`; timm's `BatchNormAct2d`, `Conv2dSame`, `SqueezeExcite` and `SEModule`; the
+    blocks of both's EfficientNets and MobileNets. What gains is inference on float32 and float64 CPU tensors under
     `torch.no_grad` or `torch.inference_mode`; training, other devices and export run as before.
 
     Args:
@@ -111,6 +111,7 @@ def restore_layers(model: nn.Module) -> nn.Module:
             )
     for _, module in replaced:
         module.__class__ = type(module).stock_class
+        vars(module).pop("_plan", None)
     return model
 
 
@@ -150,7 +151,7 @@ def _faster_layer(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     if isinstance(module, nn.Sequential):
         stock = kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__
         return (fast.FusedSequential, "") if stock and _might_fuse(module) else (None, "")
-    find = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    find = _BY_NAME.get(_qualified_name(kind))
     if find is not None:
         return find(module)
     if isinstance(module, nn.Conv2d) and is_depthwise(module):
@@ -167,7 +168,11 @@ def _faster_conv(conv: nn.Conv2d) -> tuple[type[nn.Module] | None, str]:
 
 
 def _might_fuse(modules: nn.Sequential) -> bool:
-    """Whether two neighbours are of kinds that `FusedSequential` runs as one."""
+    """Whether two neighbours are of kinds that `FusedSequential` runs as one, or there is another chain inside."""
+    for module in modules:
+        layer, _ = _faster_layer(module)
+        if isinstance(module, Chained) or (layer is not None and issubclass(layer, Chained)):
+            return True
     for first, second in itertools.pairwise(modules):
         is_conv = isinstance(first, nn.Conv2d) and (is_depthwise(first) or is_pointwise(first))
         if (is_conv or isinstance(first, nn.BatchNorm2d)) and (
@@ -177,7 +182,7 @@ def _might_fuse(modules: nn.Sequential) -> bool:
     return False
 
 
-# timm's layers. Their forwards take the same calls as ours, but find their parts under other names.
+# torchvision's and timm's layers. Their forwards take the same calls as ours, but find their parts under other names.
 
 
 class BatchNormAct2d(fast.BatchNormAct2d):
@@ -213,38 +218,71 @@ class SEModule(SqueezeExcite):
         return not self.add_maxpool and type(self.bn) is nn.Identity and unhooked(self.bn)
 
 
-class Block(nn.Module):
-    """A block of timm's: its modules in the order of use, then the input again."""
+class Block(Chained):
+    """A block: its modules in the order of use, and the input again if an attribute says so."""
 
-    def forward(self, x):
-        if not _passes_through(self._modules.get("drop_path")):
-            return super().forward(x)
-        modules = [getattr(self, name) for name in _BLOCK_PARTS[self.stock_class.__name__]]
-        return run_chain([m for m in modules if m is not None], x, x if getattr(self, "has_skip", False) else None)
+    def links(self) -> Links | None:
+        modules = self._modules
+        names, skips, drops = _BLOCKS[_qualified_name(self.stock_class)]
+        if not _passes_through(modules.get(drops)):
+            return None
+        parts = [part for name in names if (part := modules.get(name)) is not None]
+        return Links(parts, vars(self).get(skips, False))
+
+    def plain_forward(self, input):
+        return super(Chained, self).forward(input)
 
 
 def _passes_through(drop_path: nn.Module | None) -> bool:
     if drop_path is None:
         return True
     kind = type(drop_path)
-    drops = kind is not nn.Identity and (kind.__name__ != "DropPath" or drop_path.training)
+    drops = kind is not nn.Identity and (kind.__name__ not in ("DropPath", "StochasticDepth") or drop_path.training)
     return not drops and unhooked(drop_path)
 
 
-_BLOCK_PARTS = {
-    "ConvBnAct": ("conv", "bn1", "aa"),
-    "ConvNormAct": ("conv", "bn", "aa"),
-    "DepthwiseSeparableConv": ("conv_s2d", "bn_s2d", "conv_dw", "bn1", "aa", "se", "conv_pw", "bn2"),
-    "EdgeResidual": ("conv_exp", "bn1", "aa", "se", "conv_pwl", "bn2"),
-    "InvertedResidual": ("conv_s2d", "bn_s2d", "conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl", "bn3"),
+# The modules in the order of use; the attribute that says whether the input is added; what may drop the rest.
+_BLOCKS = {
+    "torchvision.models.efficientnet.FusedMBConv": (("block",), "use_res_connect", "stochastic_depth"),
+    "torchvision.models.efficientnet.MBConv": (("block",), "use_res_connect", "stochastic_depth"),
+    "torchvision.models.mnasnet._InvertedResidual": (("layers",), "apply_residual", None),
+    "torchvision.models.mobilenetv2.InvertedResidual": (("conv",), "use_res_connect", None),
+    "torchvision.models.mobilenetv3.InvertedResidual": (("block",), "use_res_connect", None),
+    "timm.layers.conv_bn_act.ConvNormAct": (("conv", "bn", "aa"), None, None),
+    "timm.models._efficientnet_blocks.ConvBnAct": (("conv", "bn1", "aa"), "has_skip", "drop_path"),
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (
+        ("conv_s2d", "bn_s2d", "conv_dw", "bn1", "aa", "se", "conv_pw", "bn2"),
+        "has_skip",
+        "drop_path",
+    ),
+    "timm.models._efficientnet_blocks.EdgeResidual": (
+        ("conv_exp", "bn1", "aa", "se", "conv_pwl", "bn2"),
+        "has_skip",
+        "drop_path",
+    ),
+    "timm.models._efficientnet_blocks.InvertedResidual": (
+        ("conv_s2d", "bn_s2d", "conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl", "bn3"),
+        "has_skip",
+        "drop_path",
+    ),
+    "timm.models._efficientnet_blocks.UniversalInvertedResidual": (
+        ("dw_start", "pw_exp", "dw_mid", "se", "pw_proj", "dw_end", "layer_scale"),
+        "has_skip",
+        "drop_path",
+    ),
 }
 
 
+@functools.cache
+def _qualified_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _faster_block(block: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    # Another release of timm may use other parts: the attributes that its forward reads say so.
-    parts = _BLOCK_PARTS[type(block).__name__]
-    read = [name for name in type(block).forward.__code__.co_names if name not in ("has_skip", "drop_path")]
-    return (Block, "") if read == list(parts) else (None, "")
+    # Another release may use other parts: the attributes that its forward reads say so.
+    names, *others = _BLOCKS[_qualified_name(type(block))]
+    read = [name for name in type(block).forward.__code__.co_names if name not in (*others, "getattr")]
+    return (Block, "") if read == list(names) else (None, "")
 
 
 def _faster_squeeze_excite(layer: type[nn.Module]) -> Callable[[nn.Module], tuple[type[nn.Module] | None, str]]:
@@ -262,10 +300,6 @@ _BY_NAME: dict[str, Callable[[nn.Module], tuple[type[nn.Module] | None, str]]] =
     "timm.layers.norm_act.BatchNormAct2d": lambda norm: (BatchNormAct2d, ""),
     "timm.layers.conv2d_same.Conv2dSame": lambda conv: (fast.Conv2dSame, "") if is_depthwise(conv) else (None, ""),
     "timm.layers.squeeze_excite.SEModule": _faster_squeeze_excite(SEModule),
-    "timm.layers.conv_bn_act.ConvNormAct": _faster_block,
-    "timm.models._efficientnet_blocks.ConvBnAct": _faster_block,
-    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": _faster_block,
-    "timm.models._efficientnet_blocks.EdgeResidual": _faster_block,
-    "timm.models._efficientnet_blocks.InvertedResidual": _faster_block,
     "timm.models._efficientnet_blocks.SqueezeExcite": _faster_squeeze_excite(SqueezeExcite),
+    **dict.fromkeys(_BLOCKS, _faster_block),
 }

@@ -99,11 +99,11 @@ def arguments(operation, layout="contiguous", dtype=torch.float32, activation="h
     input = operand((2, channels, *size), layout, dtype, 0)
     if operation == "depthwise_conv2d":
         weight, bias = operand((channels * 2, 1, 3, 2), "contiguous", dtype, 1), vector(channels * 2, dtype, 2)
-        return [input, weight, bias, [2, 1], [1, 1], [1, 2], activation]
+        return [input, weight, bias, [2, 1], [1, 1], [1, 2], activation, vector(channels * 2, dtype, 3)]
     if operation == "pointwise_conv2d":
         weight, bias = operand((4, channels, 1, 1), "contiguous", dtype, 1), vector(4, dtype, 2)
         gate = operand((2, channels, 1, 1), "contiguous", dtype, 3)
-        return [input, weight, bias, activation, gate, operand((2, 4, *size), layout, dtype, 4)]
+        return [input, weight, bias, activation, gate, operand((2, 4, *size), layout, dtype, 4), vector(4, dtype, 5)]
     if operation == "batch_norm_act":
         return [input, *(vector(channels, dtype, i, positive=i == 2) for i in (1, 2, 3, 4)), 1e-3, activation]
     weight1, bias1 = operand((2, channels, 1, 1), "contiguous", dtype, 1), vector(2, dtype, 2)
@@ -115,9 +115,9 @@ def function(operation, backend=None):
     """The user's function, called with the operator's arguments."""
     call = getattr(functional, operation)
     if operation == "depthwise_conv2d":
-        return lambda *a: call(*a[:6], activation=a[6], backend=backend)
+        return lambda *a: call(*a[:6], activation=a[6], scale=a[7], backend=backend)
     if operation == "pointwise_conv2d":
-        return lambda *a: call(*a[:3], activation=a[3], gate=a[4], residual=a[5], backend=backend)
+        return lambda *a: call(*a[:3], activation=a[3], gate=a[4], residual=a[5], scale=a[6], backend=backend)
     if operation == "batch_norm_act":
         return lambda *a: call(*a[:5], eps=a[5], activation=a[6], backend=backend)
     return lambda *a: call(*a[:5], squeeze_activation=a[5], gate_activation=a[6], backend=backend)
@@ -189,6 +189,11 @@ def skeleton(tensor, dtype=torch.float32):
     if tensor is None:
         return None
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype).fill_(1)
+
+
+def strides(tensor):
+    """The strides that mean something: not those of a dimension with one element."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def import_torchvision():

@@ -46,6 +46,7 @@ CASES = pairwise(
     batch=(1, 2, 0),
     bias=(True, False),
     activation=ACTIVATIONS,
+    scale=(False, True),
 )
 
 
@@ -60,6 +61,7 @@ def arguments(
     batch=2,
     bias=True,
     activation="none",
+    scale=False,
     layout="contiguous",
     weight_layout="contiguous",
     dtype=torch.float32,
@@ -68,7 +70,8 @@ def arguments(
     input = operand((batch, channels, *map_size), layout, dtype, seed)
     weight = operand((channels * multiplier, 1, *kernel), weight_layout, dtype, seed + 1)
     bias = vector(channels * multiplier, dtype, seed + 2) if bias else None
-    return input, weight, bias, stride, paddings(kernel, dilation)[padding], dilation, activation
+    scale = vector(channels * multiplier, dtype, seed + 3) if scale else None
+    return input, weight, bias, stride, paddings(kernel, dilation)[padding], dilation, activation, scale
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -158,7 +161,7 @@ def test_function_equals_kernel(case):
     args = arguments(**case)
     expected = _C.depthwise_conv2d(*args)
     for backend in (None, "cpp"):
-        actual = functional.depthwise_conv2d(*args[:6], activation=args[6], backend=backend)
+        actual = functional.depthwise_conv2d(*args[:6], activation=args[6], scale=args[7], backend=backend)
         assert torch.equal(actual, expected) and actual.stride() == expected.stride()
 
 
@@ -185,6 +188,6 @@ def test_gradients(case):
     args = arguments(**case)
     check_gradients(
         "depthwise_conv2d",
-        lambda *a: functional.depthwise_conv2d(*a[:6], activation=a[6], backend="cpp"),
+        lambda *a: functional.depthwise_conv2d(*a[:6], activation=a[6], scale=a[7], backend="cpp"),
         args,
     )

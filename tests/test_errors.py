@@ -32,6 +32,8 @@ CASES = [
     ("depthwise_conv2d", 5, [1, 0], ValueError, r"dilation must .*\(1, 0\)"),
     ("depthwise_conv2d", 5, [9, 1], ValueError, r"kernel .*padded input"),
     ("depthwise_conv2d", 6, "swish", ValueError, r"activation must be one of none, relu, .*got 'swish'"),
+    ("depthwise_conv2d", 7, zeros(3), ValueError, r"scale must .*6.*3"),
+    ("depthwise_conv2d", 7, zeros(6, 1, 1, 1), ValueError, r"scale must .*\(6, 1, 1, 1\)"),
     ("pointwise_conv2d", 0, zeros(2, 3, 5), ValueError, r"input must .*\(2, 3, 5\)"),
     ("pointwise_conv2d", 0, zeros(2, 7, 5, 4), ValueError, r"weight must be \(K, C, 1, 1\) with C=7.*\(4, 3, 1, 1\)"),
     ("pointwise_conv2d", 1, zeros(4, 3, 3, 3), ValueError, r"weight must be \(K, C, 1, 1\) with C=3.*\(4, 3, 3, 3\)"),
@@ -43,6 +45,8 @@ CASES = [
     ("pointwise_conv2d", 4, zeros(2, 3), ValueError, r"gate must .*\(2, 3\)"),
     ("pointwise_conv2d", 5, zeros(2, 4, 5, 5), ValueError, r"residual must .*\(2, 4, 5, 4\).*\(2, 4, 5, 5\)"),
     ("pointwise_conv2d", 5, zeros(1, 4, 5, 4), ValueError, r"residual must .*\(2, 4, 5, 4\).*\(1, 4, 5, 4\)"),
+    ("pointwise_conv2d", 6, zeros(3), ValueError, r"scale must .*4.*3"),
+    ("pointwise_conv2d", 6, zeros(1), ValueError, r"scale must .*4.*1"),
     ("batch_norm_act", 0, zeros(2, 3), ValueError, r"input must .*\(2, 3\)"),
     ("batch_norm_act", 1, zeros(4), ValueError, r"running_mean must .*3.*4"),
     ("batch_norm_act", 2, zeros(4), ValueError, r"running_var must .*3.*4"),
@@ -61,8 +65,8 @@ CASES = [
 ]
 # Operands unlike the input, and inputs of no floating dtype.
 for _operation, _names in (
-    ("depthwise_conv2d", {1: "weight", 2: "bias"}),
-    ("pointwise_conv2d", {1: "weight", 2: "bias", 4: "gate", 5: "residual"}),
+    ("depthwise_conv2d", {1: "weight", 2: "bias", 7: "scale"}),
+    ("pointwise_conv2d", {1: "weight", 2: "bias", 4: "gate", 5: "residual", 6: "scale"}),
     ("batch_norm_act", {1: "running_mean", 2: "running_var", 3: "weight", 4: "bias"}),
     ("squeeze_excite", {1: "weight1", 2: "bias1", 3: "weight2", 4: "bias2"}),
 ):
@@ -99,7 +103,7 @@ def test_refuses(call, operation, index, value, error, message):
 
 @pytest.mark.parametrize("call", ("kernel", "operator", "reference", "function"))
 def test_kernel_that_just_fits(call):
-    args = [torch.ones(1, 1, 2, 3), torch.ones(1, 1, 4, 4), None, [1, 1], [1, 1], [1, 1], "none"]
+    args = [torch.ones(1, 1, 2, 3), torch.ones(1, 1, 4, 4), None, [1, 1], [1, 1], [1, 1], "none", None]
     assert CALLS[call]("depthwise_conv2d")(*args).shape == (1, 1, 1, 2)
     args[5] = [2, 1]
     with pytest.raises(ValueError, match=r"^depthwise_conv2d: .*kernel .*padded input"):

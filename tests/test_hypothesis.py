@@ -32,6 +32,7 @@ pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
     extra=st.tuples(st.integers(0, 30), st.integers(0, 30)),
     multiplier=st.integers(1, 4),
     bias=st.booleans(),
+    scale=st.booleans(),
     weight_layout=layouts,
     **common,
 )
@@ -49,6 +50,7 @@ def test_depthwise_conv2d(
     extra,
     multiplier,
     bias,
+    scale,
     weight_layout,
 ):
     # The smallest map that the kernel fits into, and a little more.
@@ -57,7 +59,8 @@ def test_depthwise_conv2d(
     input = operand((batch, channels, height, width), layout, dtype)
     weight = operand((channels * multiplier, 1, *kernel), weight_layout, dtype, seed=1)
     bias = vector(channels * multiplier, dtype, seed=2) if bias else None
-    run_and_check("depthwise_conv2d", (input, weight, bias, stride, padding, dilation, activation), isa)
+    scale = vector(channels * multiplier, dtype, seed=3) if scale else None
+    run_and_check("depthwise_conv2d", (input, weight, bias, stride, padding, dilation, activation, scale), isa)
 
 
 @odd_shapes
@@ -68,18 +71,20 @@ def test_depthwise_conv2d(
     bias=st.booleans(),
     gate=st.none() | layouts,
     residual=st.none() | layouts,
+    scale=st.booleans(),
     weight_layout=layouts,
     **common,
 )
 def test_pointwise_conv2d(
-    isa, dtype, batch, channels, layout, activation, outputs, height, width, bias, gate, residual, weight_layout
+    isa, dtype, batch, channels, layout, activation, outputs, height, width, bias, gate, residual, scale, weight_layout
 ):
     input = operand((batch, channels, height, width), layout, dtype)
     weight = operand((outputs, channels, 1, 1), weight_layout, dtype, seed=1)
     bias = vector(outputs, dtype, seed=2) if bias else None
     gate = operand((batch, channels, 1, 1), gate, dtype, seed=3) if gate else None
     residual = operand((batch, outputs, height, width), residual, dtype, seed=4) if residual else None
-    run_and_check("pointwise_conv2d", (input, weight, bias, activation, gate, residual), isa)
+    scale = vector(outputs, dtype, seed=5) if scale else None
+    run_and_check("pointwise_conv2d", (input, weight, bias, activation, gate, residual, scale), isa)
 
 
 @odd_shapes

@@ -1,16 +1,21 @@
 """The layers are PyTorch's, faster: same construction, state, gradients, numbers; kernels only where they may run."""
 
 import copy
+import gc
 import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LAYOUTS, import_timm, import_torchvision, operand
+from helpers import LAYOUTS, import_timm, import_torchvision, operand, strides
 from torch import nn
 
 from mobilenet_fast import _C, reference
 from mobilenet_fast import nn as fast
+from mobilenet_fast.nn.dispatch import known
+from mobilenet_fast.nn.fusion import Chained, Links
 
 OPERATIONS = ("depthwise_conv2d", "pointwise_conv2d", "batch_norm_act", "squeeze_excite")
 
@@ -51,11 +56,7 @@ def input64(*shape, layout="contiguous"):
 def assert_same(actual, expected):
     """As near as float64 is, in the same layout."""
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
-    # Strides of dimensions of size 1 mean nothing.
-    sizes = range(expected.dim())
-    assert [actual.stride(d) for d in sizes if expected.size(d) > 1] == [
-        expected.stride(d) for d in sizes if expected.size(d) > 1
-    ]
+    assert strides(actual) == strides(expected)
 
 
 def twins(ours, stock):
@@ -389,22 +390,132 @@ def test_folding(bias, affine, size, residual, conv, calls):
         "pointwise": lambda: nn.Conv2d(16, 16, 1, bias=bias),
         "same": lambda: fast.Conv2dSame(16, 16, 3, groups=16, bias=bias),
     }[conv]()
-    chain = randomised(fast.FusedSequential(conv, nn.BatchNorm2d(16, affine=affine)))
+    chain = randomised(Residual(conv, nn.BatchNorm2d(16, affine=affine)))
+    chain.adds_input = residual
     x = input64(1, 16, size, size)
     with torch.no_grad():
-        fused = chain(x, x if residual else None)
-    assert calls
-    plain = layered(chain, x.clone())
+        fused = chain(x)
+    assert calls == ["pointwise_conv2d" if conv.groups == 1 else "depthwise_conv2d"]
+    plain = layered(chain.children(), x.clone())
     assert_same(fused, plain + x if residual else plain)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+@pytest.mark.parametrize("kernel_size, dilation", [(3, 1), ((2, 5), 1), ((4, 1), (1, 2)), (2, 3)], ids=str)
+@pytest.mark.parametrize("padding", ["same", "valid", "tensorflow"])
+@pytest.mark.parametrize("stride", [1, 2, (1, 3)], ids=str)
+def test_named_padding_in_a_chain(kernel_size, dilation, padding, stride, calls):
+    if padding == "tensorflow":
+        conv = fast.Conv2dSame(6, 6, kernel_size, stride, dilation, groups=6)
+    elif padding == "same" and stride != 1:
+        # nn.Conv2d refuses it when it is made.
+        conv = nn.Conv2d(6, 6, kernel_size, 1, padding, dilation, groups=6)
+        conv.stride = (2, 1)
+    else:
+        conv = nn.Conv2d(6, 6, kernel_size, stride, padding, dilation, groups=6)
+    chain = randomised(fast.FusedSequential(conv, nn.BatchNorm2d(6), nn.ReLU()))
+    x = input64(2, 6, 9, 14)
+    with torch.no_grad():
+        if padding == "same" and stride != 1:
+            with pytest.raises(RuntimeError, match="padding='same' is not supported"):
+                chain(x)
+            return
+        actual = chain(x)
+    assert calls == ["depthwise_conv2d"]
+    assert_same(actual, layered(chain, x.clone()))
+
+
+@known
+class Residual(Chained):
+    """Children one after another, plus the input."""
+
+    adds_input = True
+
+    def __init__(self, *children):
+        super().__init__()
+        for i, child in enumerate(children):
+            self.add_module(str(i), child)
+
+    def links(self):
+        return Links(list(self.children()), self.adds_input)
 
 
 @pytest.mark.parametrize("size", [1, 8])
 def test_a_residual_is_added_behind_the_activation(size):
-    chain = randomised(fast.FusedSequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()))
+    chain = randomised(Residual(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()))
     x = input64(1, 8, size, size)
     with torch.no_grad():
-        fused = chain(x, x)
-    assert_same(fused, layered(chain, x.clone()) + x)
+        fused = chain(x)
+    assert_same(fused, layered(chain.children(), x.clone()) + x)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 5), (1, 6, 1, 1), (2, 6, 5, 1)], ids=str)
+def test_a_residual_of_another_shape_is_broadcast(shape):
+    x = input64(*shape)
+    block = Residual(
+        nn.Conv2d(shape[1], 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 5, padding=4, groups=6), nn.Conv2d(6, 6, 1)
+    )
+    block = randomised(block)
+    with torch.no_grad():
+        try:
+            expected = layered(block.children(), x.clone()) + x
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                block(x)
+        else:
+            assert_same(block(x), expected)
+
+
+def blocks_of_every_kind():
+    """Blocks with residuals among modules that are none of ours, and one with such a module inside."""
+    return fast.FusedSequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        fast.InvertedResidual(8, 16, 8, squeeze_channels=8),
+        nn.MaxPool2d(3, 1, 1),
+        fast.FusedSequential(fast.InvertedResidual(8, 8, 8), fast.InvertedResidual(8, 24, 16, stride=2)),
+        Residual(
+            fast.ConvNormAct(16, 16, 1), nn.AvgPool2d(3, 1, 1), fast.ConvNormAct(16, 16, 1, activation_layer=None)
+        ),
+        Residual(nn.Tanh()),
+        nn.Dropout2d(),
+        fast.SqueezeExcitation(16, 8),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weights", ["contiguous", "channels_last", "one channels_last"])
+def test_chains_in_chains(layout, weights, calls):
+    chain = randomised(blocks_of_every_kind())
+    if weights == "channels_last":
+        chain.to(memory_format=torch.channels_last)
+    elif weights != "contiguous":
+        chain[3].block[0][0].to(memory_format=torch.channels_last)
+    x = input64(2, 3, 16, 16, layout=layout)
+    with torch.no_grad():
+        actual = chain(x)
+    assert calls.count("pointwise_conv2d") == 7 and calls.count("depthwise_conv2d") == 3
+    assert calls.count("squeeze_excite") == 2 and calls.count("batch_norm_act") == 1
+    assert_same(actual, layered(chain, x.clone()))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_modules_that_are_none_of_ours_see_the_layout_of_torch(layout):
+    class Flat(nn.Module):
+        def forward(self, x):
+            seen.append(strides(x))
+            return x
+
+    seen = []
+    chain = randomised(
+        fast.FusedSequential(fast.ConvNormAct(3, 4), Flat(), Residual(fast.ConvNormAct(4, 4, 1), Flat()))
+    )
+    with torch.no_grad():
+        chain(input64(2, 3, 6, 6, layout=layout))
+        fused, seen = seen, []
+        layered(chain, input64(2, 3, 6, 6, layout=layout))
+    assert len(fused) == 2 and fused == seen
 
 
 def test_chains_leave_to_pytorch_what_layers_do(calls):
@@ -457,7 +568,7 @@ def test_a_chain_of_everything(calls):
     x = input64(2, 3, 10, 10)
     with torch.no_grad():
         fused = chain(x)
-    assert calls == ["batch_norm_act", "depthwise_conv2d", "pointwise_conv2d"]
+    assert calls == ["batch_norm_act", "depthwise_conv2d", "batch_norm_act", "pointwise_conv2d"]
     assert_same(fused, layered(chain, x.clone()))
     assert fast.FusedSequential()(3) == 3
 
@@ -518,6 +629,130 @@ def test_changes_count_from_the_next_call(calls):
         assert set(calls) == {"depthwise_conv2d"} and len(calls) == 1 + len(changes)
 
 
+# Each changes what `blocks_of_every_kind` computes.
+CHANGES = {
+    "an activation": lambda chain: chain[3].block[0].__setitem__(2, nn.ReLU6()),
+    "an activation's class": lambda chain: setattr(chain[3].block[0][2], "__class__", nn.ReLU),
+    "a block": lambda chain: chain[5].__setitem__(0, randomised(fast.InvertedResidual(8, 16, 8), seed=1)),
+    "a shortcut": lambda chain: setattr(chain[3], "use_res_connect", False),
+    "one module more": lambda chain: chain[3].block[1].append(nn.SiLU()),
+    "one module less": lambda chain: chain[3].block[1].__delitem__(2),
+    "the order": lambda chain: setattr(
+        chain[3], "block", fast.FusedSequential(*(chain[3].block[i] for i in (0, 2, 1, 3)))
+    ),
+    "a stride": lambda chain: setattr(chain[5][1].block[1][0], "stride", (1, 2)),
+    "a padding": lambda chain: setattr(chain[5][1].block[1][0], "padding", 2),
+    "eps": lambda chain: setattr(chain[1], "eps", 0.7),
+    "a mode": lambda chain: chain[5][1].block[0][1].train(),
+    "statistics in place": lambda chain: chain[3].block[1][1].running_mean.data.add_(1),
+    "statistics": lambda chain: setattr(chain[3].block[1][1], "running_var", torch.full((16,), 0.5).double()),
+    "no statistics": lambda chain: [setattr(chain[3].block[1][1], f"running_{name}", None) for name in ("mean", "var")],
+    "a gate": lambda chain: setattr(chain[3].block[2], "scale_activation", nn.Sigmoid()),
+    "a gate's weight": lambda chain: chain[9].fc2.weight.data.mul_(-1),
+    "a module of a mixed block": lambda chain: chain[6].__setattr__("1", nn.MaxPool2d(3, 1, 1)),
+    "a forward": lambda chain: setattr(chain[1], "forward", lambda x: nn.BatchNorm2d.forward(chain[1], x) * 2),
+    "a hook": lambda chain: chain[3].block[1][0].register_forward_hook(lambda module, args, output: output * 2),
+    "a block's hook": lambda chain: chain[3].register_forward_pre_hook(lambda module, args: args[0] * 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_inside_counts_from_the_next_call_on(change):
+    chain = randomised(blocks_of_every_kind())
+    x = input64(2, 3, 16, 16)
+    with torch.no_grad():
+        before = chain(x)
+        CHANGES[change](chain)
+        after = chain(x)
+    assert after.shape != before.shape or not torch.allclose(after, before)
+    assert_same(after, layered(chain, x.clone()))
+
+
+def test_changes_that_are_undone(calls):
+    chain = randomised(blocks_of_every_kind())
+    x = input64(2, 3, 16, 16)
+    conv, norm, block = chain[3].block[1][0], chain[1], chain[3]
+    with torch.no_grad():
+        before, kernels = chain(x), len(calls)
+        handles = [m.register_forward_hook(lambda module, args, output: output * 2) for m in (conv, norm, block)]
+        norm.forward = lambda x: nn.BatchNorm2d.forward(norm, x) * 2
+        norm.train()
+        assert not torch.allclose(chain(x), before)
+        for handle in handles:
+            handle.remove()
+        del norm.forward
+        norm.eval()
+        norm.load_state_dict(randomised(blocks_of_every_kind())[1].state_dict())
+        del calls[:]
+        assert_same(chain(x), before)
+        assert len(calls) == kernels
+
+
+def test_attributes_that_cannot_be_compared():
+    chain = randomised(blocks_of_every_kind())
+    x = input64(2, 3, 16, 16)
+    with torch.no_grad():
+        for seed in range(3):
+            for module in chain.modules():
+                module.tag = torch.full((3,), float(seed))
+            randomised(chain, seed)
+            assert_same(chain(x), layered(chain, x.clone()))
+
+
+def test_a_plan_keeps_nothing_alive_and_is_not_copied():
+    chain = randomised(blocks_of_every_kind())
+    with torch.no_grad():
+        # The second call knows that the first has planned the mixed blocks inside.
+        for _ in range(2):
+            chain(input64(2, 3, 16, 16))
+    assert chain._plan.holds(chain.links())
+    for twin in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        assert twin._plan is None
+    gone = weakref.ref(chain)
+    gc.disable()
+    try:
+        del chain
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("frozen", ["first", "last", "norms"])
+def test_partly_frozen_chains_learn_the_same(frozen):
+    ours = randomised(blocks_of_every_kind())
+    for index, (name, parameter) in enumerate(ours.named_parameters()):
+        parameter.requires_grad_(
+            {"first": index > 15, "last": index < 15, "norms": not name.endswith(("0.1.weight", "1.1.bias"))}[frozen]
+        )
+    x = input64(2, 3, 16, 16)
+    results = []
+    for run in (ours, lambda x: nn.Sequential.forward(ours, x)):
+        leaf = x.clone().requires_grad_(frozen == "norms")
+        y = run(leaf)
+        y.square().sum().backward()
+        results.append([y.detach(), leaf.grad, *(p.grad for p in ours.parameters())])
+        ours.zero_grad()
+    assert [g is None for g in results[0]] == [g is None for g in results[1]]
+    for actual, expected in zip(*results, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_chains_in_several_threads():
+    chain = randomised(blocks_of_every_kind())
+    inputs = [input64(2, 3, 16, 16) * (i + 1) for i in range(4)]
+    expected = [layered(chain, x.clone()) for x in inputs]
+
+    def worker(x):
+        with torch.no_grad():
+            return [chain(x) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for results, wanted in zip(pool.map(worker, inputs), expected, strict=True):
+            for actual in results:
+                assert_same(actual, wanted)
+
+
 def test_modes_and_hooks_inside_a_run_are_kept(calls):
     chain = randomised(fast.ConvNormAct(6, 6, groups=6))
     x = input64(2, 6, 7, 7)
@@ -559,7 +794,7 @@ def test_parametrised_and_foreign_modules_run_by_themselves(calls):
     x = input64(2, 6, 7, 7)
     with torch.no_grad():
         y = chain(x)
-    assert calls == []
+    assert calls == ["batch_norm_act"]
     assert_same(y, layered(chain, x.clone()))
 
     chain = randomised(fast.ConvNormAct(6, 6, groups=6, bias=True))

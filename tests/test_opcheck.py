@@ -10,7 +10,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mobilenet_fast import functional, reference
 
-OPTIONAL = {"depthwise_conv2d": (2,), "pointwise_conv2d": (2, 4, 5), "batch_norm_act": (3, 4), "squeeze_excite": (2, 4)}
+OPTIONAL = {
+    "depthwise_conv2d": (2, 7),
+    "pointwise_conv2d": (2, 4, 5, 6),
+    "batch_norm_act": (3, 4),
+    "squeeze_excite": (2, 4),
+}
 
 
 def require_gradients(operation, args):

@@ -31,6 +31,7 @@ CASES = pairwise(
     activation=ACTIVATIONS,
     gate=(None, "contiguous", "sliced"),
     residual=(None, "contiguous", "channels_last", "sliced", "transposed"),
+    scale=(False, True),
 )
 
 
@@ -43,6 +44,7 @@ def arguments(
     activation="none",
     gate=None,
     residual=None,
+    scale=False,
     layout="contiguous",
     weight_layout="contiguous",
     dtype=torch.float32,
@@ -52,7 +54,8 @@ def arguments(
     bias = vector(outputs, dtype, 2) if bias else None
     gate = operand((batch, channels, 1, 1), gate, dtype, 3) if gate else None
     residual = operand((batch, outputs, *map_size), residual, dtype, 4) if residual else None
-    return input, weight, bias, activation, gate, residual
+    scale = vector(outputs, dtype, 5) if scale else None
+    return input, weight, bias, activation, gate, residual, scale
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -143,11 +146,11 @@ def test_residual_is_the_input(isa, layout):
 
 @pytest.mark.parametrize("case", CASES[:40], ids=case_id)
 def test_function_equals_kernel(case):
-    input, weight, bias, activation, gate, residual = args = arguments(**case)
+    input, weight, bias, activation, gate, residual, scale = args = arguments(**case)
     expected = _C.pointwise_conv2d(*args)
     for backend in (None, "cpp"):
         actual = functional.pointwise_conv2d(
-            input, weight, bias, activation=activation, gate=gate, residual=residual, backend=backend
+            input, weight, bias, activation=activation, gate=gate, residual=residual, scale=scale, backend=backend
         )
         assert torch.equal(actual, expected) and actual.stride() == expected.stride()
 
@@ -156,8 +159,8 @@ def test_function_equals_kernel(case):
 def test_gradients(case):
     check_gradients(
         "pointwise_conv2d",
-        lambda x, w, b, act, g, r: functional.pointwise_conv2d(
-            x, w, b, activation=act, gate=g, residual=r, backend="cpp"
+        lambda x, w, b, act, g, r, s: functional.pointwise_conv2d(
+            x, w, b, activation=act, gate=g, residual=r, scale=s, backend="cpp"
         ),
         arguments(**case),
     )

@@ -35,16 +35,18 @@ def bounded(activation):
     return 1.0 if activation in ("sigmoid", "hardsigmoid") else 0.0
 
 
-def depthwise_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, activation="none"):
-    """terms and scale"""
-    scale = F.conv2d(*_sizes(input, weight, bias), stride, padding, dilation, groups=input.size(1))
-    return weight[0].numel() + 1, scale + bounded(activation)
+def depthwise_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, activation="none", scale=None):
+    """terms, and the scale above: not the factor ``scale``, which rounds each term once more"""
+    input, weight, bias = _sizes(input, _scaled(weight, scale), bias)
+    size = F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.size(1))
+    return weight[0].numel() + 1 + (scale is not None), size + bounded(activation)
 
 
-def pointwise_conv2d(input, weight, bias=None, activation="none", gate=None, residual=None):
-    input, weight, bias, gate, residual = _sizes(input, weight, bias, gate, residual)
-    scale = F.conv2d(input if gate is None else input * gate, weight, bias)
-    return weight[0].numel() + 2, scale + (0 if residual is None else residual) + bounded(activation)
+def pointwise_conv2d(input, weight, bias=None, activation="none", gate=None, residual=None, scale=None):
+    input, weight, bias, gate, residual = _sizes(input, _scaled(weight, scale), bias, gate, residual)
+    size = F.conv2d(input if gate is None else input * gate, weight, bias)
+    terms = weight[0].numel() + 2 + (scale is not None)
+    return terms, size + (0 if residual is None else residual) + bounded(activation)
 
 
 def batch_norm_act(input, running_mean, running_var, weight=None, bias=None, eps=1e-5, activation="none"):
@@ -58,6 +60,10 @@ def squeeze_excite(input, weight1, bias1, weight2, bias2, squeeze_activation="re
     squeezed = F.conv2d(input.mean((2, 3), keepdim=True), weight1, bias1) + bounded(squeeze_activation)
     scale = input * (F.conv2d(squeezed, weight2, bias2) + bounded(gate_activation))
     return input.size(2) * input.size(3) + weight1[0].numel() + weight2[0].numel() + 2, scale
+
+
+def _scaled(weight, scale):
+    return weight.double() if scale is None else weight.double() * scale.double().view(-1, 1, 1, 1)
 
 
 def _sizes(*tensors):

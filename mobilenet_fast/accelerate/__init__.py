@@ -1,6 +1,6 @@
 """``accelerate(model)``: capture → graph → passes → plan → engine."""
 
-from .module import AcceleratedModule, accelerate
+from .module import AcceleratedModule, accelerate, load
 from .plan import Report
 
-__all__ = ["AcceleratedModule", "Report", "accelerate"]
+__all__ = ["AcceleratedModule", "Report", "accelerate", "load"]

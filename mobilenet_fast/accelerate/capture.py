@@ -1,15 +1,17 @@
-"""From a module to ATen operations: ``torch.export`` with a symbolic batch where possible, and the lowering of its graph to
-:class:`~mobilenet_fast.accelerate.graph.Graph` for one concrete input shape.
+"""From a module to ATen operations: ``torch.export`` with a symbolic batch where possible, and the lowering of its
+graph to :class:`~mobilenet_fast.accelerate.graph.Graph` for one concrete input shape.
 """
 
 from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -20,43 +22,56 @@ _capture_ids = itertools.count()
 
 
 class Capture:
-    """An exported program that serves every batch size from 2 on, and batch 1 where that was seen to take the same path;
-    or, when the batch could not stay symbolic, exactly the example's shapes.
+    """An exported program that serves every batch size from 2 on, and batch 1 where that was seen to take the same
+    path; or, when the batch could not stay symbolic, exactly the example's shapes. It holds no parameters or buffers.
     """
 
     def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
         self.id = next(_capture_ids)
-        leaves = pytree.tree_leaves((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self.examples = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-        symbolic = len(tensors) == 1 and tensors[0].dim() >= 2
-        self.serves_batch_1 = symbolic and tensors[0].size(0) == 1 and _same_path(model, args, kwargs)
-        if symbolic and tensors[0].size(0) == 1 and not self.serves_batch_1:
-            symbolic = False
-        self.program = None
-        if symbolic:
+        leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        batches = {leaf.shape[:1] for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        batch = batches.pop()[0] if len(batches) == 1 and () not in batches else None
+        self.serves_batch_1 = batch is not None and _same_path(model, args, kwargs)
+        program = None
+        if batch is not None and (batch != 1 or self.serves_batch_1):
             try:
-                self.program = _export(model, _with_batch((args, kwargs), max(2, tensors[0].size(0))), symbolic=True)
+                program = _export(model, _with_batch((args, kwargs), max(2, batch)), symbolic=True)
             except Exception:  # the batch could not stay symbolic: the error, if it is one, comes again below
-                self.program = None
-        if self.program is None:
-            self.program = _export(model, (args, kwargs), symbolic=False)
-        if _has_aliased_writes(self.program.graph):
-            self.program = self.program.run_decompositions({})
-        signature = self.program.graph_signature
-        self.inputs_to_constants: dict[str, str] = {}
+                pass
+        if program is None or not self._take(program).serves(leaves):
+            self._take(_export(model, (args, kwargs), symbolic=False))
+
+    def _take(self, program: torch.export.ExportedProgram) -> Capture:
+        for node in program.graph.nodes:
+            # Dropout in evaluation mode gives its input back, the same memory.
+            if node.target in _DROPOUTS and not node.args[2]:
+                node.target, node.args = aten.alias.default, node.args[:1]
+        _inline_regions(program.graph_module)
+        if _needs_functional(program.graph):
+            program = program.run_decompositions({})
+        signature = program.graph_signature
+        mutated = {"BUFFER_MUTATION": "buffer", "PARAMETER_MUTATION": "parameter"}
+        for spec in signature.output_specs:
+            if spec.kind.name in mutated:
+                raise NotImplementedError(_WRITES.format(f"{mutated[spec.kind.name]} '{spec.target}'"))
+        self.graph = program.graph
+        self.range_constraints = program.range_constraints
+        self.out_spec = program.call_spec.out_spec
+        # In functional graphs, what was written to inputs comes before the outputs: accelerated models leave inputs be.
+        self.outputs = [i for i, spec in enumerate(signature.output_specs) if spec.kind.name == "USER_OUTPUT"]
+        self.constants: dict[str, str] = {}  # by placeholder, the name in the model's state or in `tensors`
+        self.tensors: dict[str, torch.Tensor] = {}  # what is no parameter or buffer
         for spec in signature.input_specs:
-            kind = spec.kind.name
-            if kind in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
-                self.inputs_to_constants[spec.arg.name] = (
-                    spec.target if spec.target in self.program.state_dict else f"{self.id}:{spec.target}"
-                )
+            if spec.kind.name in ("PARAMETER", "BUFFER"):
+                self.constants[spec.arg.name] = spec.target
+            elif spec.kind.name == "CONSTANT_TENSOR":
+                name = f"{self.id}:{spec.target}"
+                self.constants[spec.arg.name] = name
+                self.tensors[name] = program.constants[spec.target].detach()
         self.placeholders = [
-            node
-            for node in self.program.graph.nodes
-            if node.op == "placeholder" and node.name not in self.inputs_to_constants
+            node for node in self.graph.nodes if node.op == "placeholder" and node.name not in self.constants
         ]
-        self.out_spec = self.program.call_spec.out_spec
+        return self
 
     def serves(self, leaves: list[Any]) -> bool:
         """Whether inputs of these shapes can run on this capture."""
@@ -69,7 +84,7 @@ class Capture:
         for placeholder, leaf in zip(self.placeholders, leaves, strict=True):
             value = placeholder.meta.get("val")
             if not isinstance(value, torch.Tensor):
-                if value is not leaf and value != leaf:
+                if type(value) is not type(leaf) or repr(value) != repr(leaf):
                     return None
                 continue
             if not isinstance(leaf, torch.Tensor) or value.dim() != leaf.dim() or value.dtype != leaf.dtype:
@@ -82,7 +97,7 @@ class Capture:
                 expression = expected.node.expr
                 if not expression.is_Symbol or symbols.setdefault(expression, actual) != actual:
                     return None
-                bounds = self.program.range_constraints.get(expression)
+                bounds = self.range_constraints.get(expression)
                 if actual == 1 and self.serves_batch_1:
                     continue
                 if actual == 1 or (bounds is not None and not bounds.lower <= max(actual, 2) <= bounds.upper):
@@ -115,90 +130,148 @@ def _export(model: torch.nn.Module, inputs: tuple[tuple, dict], *, symbolic: boo
 
 
 class _Trace(TorchFunctionMode):
-    """Notes each torch function called and the shapes of what it returned."""
+    """Notes each torch function called, the sizes and plain values given to it, and the sizes that it returned."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, list[torch.Size]]] = []
+        self.calls: list[list[Any]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        tensors = [leaf.shape for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.calls.append((getattr(func, "__name__", str(func)), tensors))
+        leaves = pytree.tree_leaves((args, kwargs, result))
+        self.calls.append([getattr(func, "__name__", str(func)), *map(_sizes, leaves)])
         return result
 
 
+def _sizes(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape)
+    return leaf if isinstance(leaf, (int, float, str, slice, torch.dtype)) else None
+
+
 def _same_path(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether the model does the same with one image as with two: the same functions, with shapes that differ by the batch
-    alone. A symbolic batch stands for two or more, so one image needs this look of its own (think of ``squeeze()``).
+    """Whether the model does the same with one image as with two: the same functions, with sizes that differ by the
+    batch alone. A symbolic batch stands for two or more, so one image needs a look of its own: think of ``squeeze()``.
     """
+
+    def same(one: Any, two: Any) -> bool:
+        if isinstance(one, tuple) and isinstance(two, tuple) and len(one) == len(two):
+            return all(map(same, one, two))
+        if type(one) is int and type(two) is int:
+            return two in (one, 2 * one)
+        return type(one) is type(two) and one == two
+
     calls = []
     for batch in (1, 2):
         trace = _Trace()
-        wide_args, wide_kwargs = _with_batch((args, kwargs), batch)
         try:
-            with torch.no_grad(), trace:
-                model(*wide_args, **wide_kwargs)
+            # Fake tensors compute nothing but shapes, and our own layers take them through plain PyTorch, as in export.
+            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+                wide_args, wide_kwargs = _with_batch((args, kwargs), batch)
+                with trace:
+                    model(*wide_args, **wide_kwargs)
         except Exception:
-            if batch == 1:
-                raise
             return False
-        calls.append(trace.calls)
-    if len(calls[0]) != len(calls[1]):
-        return False
-    for (name1, shapes1), (name2, shapes2) in zip(*calls, strict=True):
-        if name1 != name2 or [len(s) for s in shapes1] != [len(s) for s in shapes2]:
-            return False
-        for shape1, shape2 in zip(shapes1, shapes2, strict=True):
-            if any(d2 not in (d1, 2 * d1) for d1, d2 in zip(shape1, shape2, strict=True)):
-                return False
-    return True
+        calls.append(tuple(map(tuple, trace.calls)))
+    return same(*calls)
 
 
-def _is_view(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+def _inline_regions(module: torch.fx.GraphModule) -> None:
+    """Puts the bodies of ``with`` blocks that set what has no bearing here in place of the operators that run them."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            _, body, *inputs = node.args
+        elif node.target is torch.ops.higher_order.wrap_with_autocast and not node.args[2]:
+            _, _, _, _, body, *inputs = node.args
+        else:
+            continue
+        body = getattr(module, body.target).graph
+        placeholders = body.find_nodes(op="placeholder")
+        with graph.inserting_before(node):
+            outputs = graph.graph_copy(body, dict(zip(placeholders, inputs, strict=True)))
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    module.recompile()
 
 
-def _written(node: torch.fx.Node) -> torch.fx.Node | None:
-    """The node that an in-place operation writes to."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.is_mutable:
+def _arguments(node: torch.fx.Node) -> Iterator[tuple[torch.Argument, Any]]:
+    """The arguments that a call was given, each with its entry in the schema."""
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args):
+            yield argument, node.args[i]
+        elif argument.name in node.kwargs:
+            yield argument, node.kwargs[argument.name]
+
+
+def _viewed(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The node whose memory this one may share, by the schema of its operation."""
+    if node.op != "call_function":
         return None
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.fx.Node):
-            return value
-    return None
+    if node.target is operator.getitem:  # one of several views
+        return node.args[0]
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    if all(result.alias_info is None for result in node.target._schema.returns):
+        return None
+    return next((value for argument, value in _arguments(node) if argument.alias_info is not None), None)
 
 
-def _has_aliased_writes(graph: torch.fx.Graph) -> bool:
-    """Whether something is written in place that a later node reads under another name: a view, or the base of one."""
+def _written(node: torch.fx.Node) -> Any:
+    """What an operation writes to in place: a node, or whatever else the schema allows."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    written = [value for argument, value in _arguments(node) if argument.is_write]
+    return written[0] if len(written) == 1 else written or None
+
+
+def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The out-of-place form of an in-place operator, where there is one under that name."""
+    namespace, name = target._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
+    return getattr(packet, target._overloadname, None)
+
+
+def _needs_functional(graph: torch.fx.Graph) -> bool:
+    """Whether something is written in place in a way that renaming its later readers does not cover: it is read
+    through a view, or through the base of one, is one of several, or keeps its dtype since it is written in place.
+    """
     position = {node: i for i, node in enumerate(graph.nodes)}
     identity: dict[torch.fx.Node, torch.fx.Node] = {}  # the tensor that a node stands for: writing returns its argument
     base: dict[torch.fx.Node, torch.fx.Node] = {}  # the tensor whose memory it shares
     members: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    writes = []
     for node in graph.nodes:
         written = _written(node)
-        source = written
-        if written is None and _is_view(node):
-            source = next((arg for arg in node.all_input_nodes), None)
+        if written is not None:
+            if not isinstance(written, torch.fx.Node) or _functional(node.target) is None:
+                return True
+            operands = [written, *node.all_input_nodes]
+            if len({n.meta["val"].dtype for n in operands if isinstance(n.meta.get("val"), torch.Tensor)}) > 1:
+                return True
+            writes.append(node)
+        source = written if written is not None else _viewed(node)
         identity[node] = node if written is None else identity[written]
-        base[node] = node if source is None else base[source]
+        base[node] = base[source] if isinstance(source, torch.fx.Node) else node
         members.setdefault(base[node], []).append(node)
-    for node in graph.nodes:
-        written = _written(node)
-        if written is None:
-            continue
+    for node in writes:
         for other in members[base[node]]:
-            same_tensor = identity[other] is identity[written]
-            if not same_tensor and any(position[user] > position[node] for user in other.users):
+            # A view taken later is one of the result.
+            stale = identity[other] is not identity[node] and position[other] < position[node]
+            if stale and any(position[user] > position[node] for user in other.users):
                 return True
     return False
 
 
+_DROPOUTS = {
+    getattr(aten, name + suffix).default
+    for name in ("dropout", "feature_dropout", "alpha_dropout")
+    for suffix in ("", "_")
+}
+# What gives its input back where neither shape nor dtype change.
 _IDENTITIES = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
     aten.alias.default,
     aten.detach.default,
     aten.detach_.default,
@@ -208,6 +281,9 @@ _IDENTITIES = {
     aten.to.dtype,
     aten.to.dtype_layout,
     aten._to_copy.default,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.slice.Tensor,
 }
 _RESHAPES = {
     aten.flatten.using_ints,
@@ -219,7 +295,14 @@ _RESHAPES = {
     aten.squeeze.dims,
     aten.unsqueeze.default,
 }
+_STRIDELESS = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.view_as.default: aten.reshape_as.default,
+}
+_STRIDED = {aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default}
 _REFUSED = "accelerate: {} cannot be a step of a plan"
+_WRITES = "accelerate: the model changes its own {} in forward"
 
 
 class _Lowering:
@@ -228,11 +311,7 @@ class _Lowering:
         self.symbols = {symbol: sympy.Integer(size) for symbol, size in symbols.items()}
         self.env: dict[torch.fx.Node, Any] = {}  # a Node, a constant's name, or a plain Python value
         self.nodes: list[Node] = []
-        self.constants = dict(state)
-        program = capture.program
-        for name, tensor in program.constants.items():
-            if isinstance(tensor, torch.Tensor):
-                self.constants.setdefault(f"{capture.id}:{name}", tensor.detach())
+        self.constants = {**state, **capture.tensors}
         self.dtype = next((t.dtype for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()), None)
         if self.dtype not in (torch.float32, torch.float64):
             self.dtype = torch.float32
@@ -248,20 +327,17 @@ class _Lowering:
 
     def graph(self) -> Graph:
         outputs: list[Any] = []
-        for fx_node in self.capture.program.graph.nodes:
+        for fx_node in self.capture.graph.nodes:
             if fx_node.op == "placeholder":
                 if fx_node not in self.env:
-                    self.env[fx_node] = Constant(self.capture.inputs_to_constants[fx_node.name])
+                    self.env[fx_node] = Constant(self.capture.constants[fx_node.name])
             elif fx_node.op == "output":
-                outputs = [
-                    self.value(item) for item in pytree.tree_leaves(fx_node.args[0], is_leaf=lambda x: x is None)
-                ]
+                outputs = [self.value(fx_node.args[0][i]) for i in self.capture.outputs]
             elif fx_node.op == "call_function":
                 self.call(fx_node)
-            else:
-                raise NotImplementedError(_REFUSED.format(fx_node.format_node()))
-        outputs = [self.constants[o.name].clone() if isinstance(o, Constant) else o for o in outputs]
-        return Graph(self.nodes, self.inputs, outputs, self.constants, self.dtype)
+            # What is left is get_attr, the body of an operator that takes functions; that operator is refused.
+        outputs = [self.constants[o.name] if isinstance(o, Constant) else o for o in outputs]
+        return Graph(self.nodes, self.inputs, outputs, self.capture.out_spec, self.constants, self.dtype)
 
     def value(self, item: Any) -> Any:
         """An fx argument with nodes looked up and symbolic sizes made concrete."""
@@ -274,6 +350,8 @@ class _Lowering:
     def concrete(self, item: Any) -> Any:
         if isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             result = item.node.expr.xreplace(self.symbols)
+            if result.free_symbols:
+                raise NotImplementedError("accelerate: the model's sizes or numbers depend on its data")
             if isinstance(item, torch.SymInt):
                 return int(result)
             return float(result) if isinstance(item, torch.SymFloat) else bool(result)
@@ -282,10 +360,8 @@ class _Lowering:
     def shape(self, fake: torch.Tensor) -> tuple[int, ...]:
         return tuple(self.concrete(size) for size in fake.shape)
 
-    def add(self, fx_node: torch.fx.Node, op: str, call: Call, **attrs: Any) -> Node:
-        fake = fx_node.meta["val"]
-        shape, dtype = (self.shape(fake), fake.dtype) if isinstance(fake, torch.Tensor) else ((), torch.float32)
-        node = Node(op, list(call.inputs), shape, dtype, {"call": call, **attrs}, fx_node.name)
+    def add(self, name: str, op: str, call: Call, shape: tuple[int, ...], dtype: torch.dtype, **attrs: Any) -> Node:
+        node = Node(op, list(call.inputs), shape, dtype, {"call": call, **attrs}, name)
         self.nodes.append(node)
         return node
 
@@ -308,12 +384,14 @@ class _Lowering:
             return  # a size, or an assertion about sizes
         written = _written(fx_node)
         if written is not None:
+            constant = self.env[written]
+            if isinstance(constant, Constant) and constant.name in self.capture.constants.values():
+                raise NotImplementedError(_WRITES.format(f"'{constant.name.split(':')[-1]}'"))
             target = _functional(target)
         arguments = self.arguments(fx_node, target)
         tensors = [a for a in pytree.tree_leaves(arguments) if isinstance(a, (Node, Constant))]
-        if written is not None and isinstance(self.env[written], Constant):
-            raise NotImplementedError(f"accelerate: the model changes its own '{self.env[written].name}' in forward")
-        if tensors and all(isinstance(a, Constant) for a in tensors):
+        random = torch.Tag.nondeterministic_seeded in target.tags
+        if tensors and all(isinstance(a, Constant) for a in tensors) and not random:
             result = self.fold_constant(fx_node, target, arguments)
         else:
             result = self.lower(fx_node, target, arguments)
@@ -332,7 +410,19 @@ class _Lowering:
                 arguments.append(self.value(fx_node.kwargs[argument.name]))
             else:
                 arguments.append(argument.default_value)
-        return arguments
+        return [self.listed(fx_node.name, argument) for argument in arguments]
+
+    def listed(self, name: str, argument: Any) -> Any:
+        """Lists of tensors hold values of the plan alone: constants beside such values become some."""
+        if not isinstance(argument, list) or not any(isinstance(each, Node) for each in argument):
+            return argument
+
+        def node(constant: Constant) -> Node:
+            tensor = self.constants[constant.name]
+            call = Call(aten.alias.default, [constant])
+            return self.add(f"{name}_constant", "aten", call, tuple(tensor.shape), tensor.dtype)
+
+        return [node(each) if isinstance(each, Constant) else each for each in argument]
 
     def fold_constant(self, fx_node: torch.fx.Node, target: torch._ops.OpOverload, arguments: list[Any]) -> Any:
         def tensor(argument: Any) -> Any:
@@ -354,39 +444,55 @@ class _Lowering:
 
     def lower(self, fx_node: torch.fx.Node, target: torch._ops.OpOverload, arguments: list[Any]) -> Any:
         fake = fx_node.meta["val"]
-        call = Call(target, arguments)
-        x = arguments[0] if arguments else None
-        if isinstance(fake, torch.Tensor) and isinstance(x, Node) and x.dtype == fake.dtype == self.dtype:
-            if target in _IDENTITIES and self.shape(fake) == x.shape:
+        if target is aten._native_batch_norm_legit_no_training.default:  # what batch norm is in functional graphs
+            x, weight, bias, mean, var, momentum, eps = arguments
+            arguments = [x, weight, bias, mean, var, False, momentum, eps, False]
+            return [self.lower_one(fx_node, aten.batch_norm.default, arguments, fake[0])]
+        if isinstance(fake, torch.Tensor):
+            return self.lower_one(fx_node, target, arguments, fake)
+        # Several results: a node each, which reads the call's.
+        node = self.add(fx_node.name, "aten", _runnable(target, arguments), (), self.dtype)
+        results: list[Any] = []
+        for index, each in enumerate(fake):
+            if isinstance(each, torch.Tensor):
+                result = Node("result", [node], self.shape(each), each.dtype, {"index": index}, f"{node.name}_{index}")
+                self.nodes.append(result)
+                results.append(result)
+            else:
+                results.append(each)
+        return results
+
+    def lower_one(
+        self, fx_node: torch.fx.Node, target: torch._ops.OpOverload, arguments: list[Any], fake: torch.Tensor
+    ) -> Node:
+        shape, x = self.shape(fake), arguments[0] if arguments else None
+        call = _runnable(target, arguments)
+        if isinstance(x, Node) and x.dtype == fake.dtype:
+            if target in _IDENTITIES | _RESHAPES and shape == x.shape:
                 return x
-            for targets, op, rule in _RULES:
+            for targets, op, rule in _RULES if x.dtype == self.dtype else ():
                 if target in targets:
                     attrs = rule(self, target, *arguments)
                     if attrs is not None:
-                        return self.add(fx_node, op or attrs.pop("op"), call, **attrs)
-        node = self.add(fx_node, "aten", call)
-        if isinstance(fake, torch.Tensor):
-            return node
-        # Several results: a node each, which reads the call's.
-        results: list[Any] = []
-        for index, each in enumerate(fake):
-            if not isinstance(each, torch.Tensor):
-                results.append(each)
-                continue
-            result = Node("result", [node], self.shape(each), each.dtype, {"index": index}, f"{fx_node.name}_{index}")
-            self.nodes.append(result)
-            results.append(result)
-        return results
+                        return self.add(fx_node.name, op or attrs.pop("op"), call, shape, fake.dtype, **attrs)
+        return self.add(fx_node.name, "aten", call, shape, fake.dtype)
 
 
-def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    """The out-of-place form of an in-place operator."""
-    namespace, name = target._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
-    overload = getattr(packet, target._overloadname, None) if packet is not None else None
-    if overload is None:
-        raise NotImplementedError(_REFUSED.format(f"{target} (it writes in place)"))
-    return overload
+def _runnable(target: torch._ops.OpOverload, arguments: list[Any]) -> Call:
+    """The call in a form that the dispatcher takes, and that asks nothing of its inputs' strides: they differ from
+    those that the model was written for.
+    """
+    if target in _STRIDED:
+        raise NotImplementedError(_REFUSED.format(f"{target}, which reads memory by its strides,"))
+    target = _STRIDELESS.get(target, target)
+    tensors = [argument.type.kind() == "TensorType" for argument in target._schema.arguments]
+    if any(wanted and isinstance(value, (int, float)) for wanted, value in zip(tensors, arguments, strict=True)):
+        # A Python number in place of a tensor: dtypes are promoted as for numbers.
+        overload = target._overloadname.replace("Tensor", "Scalar").replace("default", "Scalar")
+        if not hasattr(target.overloadpacket, overload):
+            raise NotImplementedError(_REFUSED.format(f"{target} of a number"))
+        target = getattr(target.overloadpacket, overload)
+    return Call(target, arguments)
 
 
 def _call_with_schema(target: torch._ops.OpOverload, arguments: list[Any]) -> Any:
@@ -409,8 +515,8 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value[0], value[-1])
 
 
-# What a node of our own operations needs to know, from the arguments of an ATen operator in the order of its schema; None
-# where the operation does not fit, which leaves the call to ATen.
+# What a node of our own operations needs to know, from the arguments of an ATen operator in the order of its schema;
+# None where the operation does not fit, which leaves the call to ATen.
 
 
 def _conv2d(lowering, target, x, weight, bias, stride, padding, dilation, groups):
@@ -485,7 +591,7 @@ def _avg_pool2d(lowering, target, x, kernel, stride, padding, ceil_mode, count_i
 def _pad(lowering, target, x, pads, mode="constant", value=None):
     if target is aten.constant_pad_nd.default:
         mode, value = "constant", mode
-    if mode != "constant" or (value or 0) != 0 or len(x.shape) != 4 or len(pads) > 4 or min(pads) < 0:
+    if mode != "constant" or (value or 0) != 0 or len(x.shape) != 4 or len(pads) > 4 or min(pads, default=-1) < 0:
         return None
     left, right, top, bottom = (*pads, 0, 0)[:4]
     return {"padding": (top, bottom, left, right)}
@@ -516,6 +622,6 @@ _RULES = [
     ({aten.adaptive_avg_pool2d.default}, "global_avg_pool", _adaptive_avg_pool2d),
     ({aten.avg_pool2d.default}, "global_avg_pool", _avg_pool2d),
     ({aten.pad.default, aten.constant_pad_nd.default}, "pad", _pad),
-    ({aten.expand.default}, "expand", _always),
+    ({aten.expand.default, aten.expand_as.default}, "expand", _always),
     (_RESHAPES, "reshape", _always),
 ]

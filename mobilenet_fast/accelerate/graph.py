@@ -1,9 +1,10 @@
 """The small graph that passes work on: a list of nodes in execution order, each with one tensor result.
 
 Operations: ``conv2d`` and ``linear`` (dense, pointwise, depthwise: one node with weights, see :class:`Weights`),
-``batch_norm``, ``activation``, ``add``, ``mul``, ``add_scalar``, ``mul_scalar``, ``clamp``, ``global_avg_pool``, ``pad``,
+``batch_norm``, ``activation``, ``add``, ``mul``, ``add_scalar``, ``mul_scalar``, ``global_avg_pool``, ``pad``,
 ``expand``, ``reshape``, ``squeeze_excite`` (its result is the gate), ``gate`` (x times a gate), ``input``, ``aten`` for
-everything else, and ``result`` for one of several results of such a call. Shapes are concrete: a graph belongs to one input shape.
+everything else, and ``result`` for one of several results of such a call. Shapes are concrete: a graph belongs to one
+input shape.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 
 @dataclass(eq=False)
@@ -49,8 +51,8 @@ class Slot:
 
 
 class Call:
-    """The ATen operator that a node came from, with all arguments in the order of the schema: what runs where no kernel of
-    ours serves. Nodes among the arguments are kept as :class:`Slot`, since passes change a node's inputs.
+    """The ATen operator that a node came from, with all arguments in the order of the schema: what runs where no kernel
+    of ours serves. Nodes among the arguments are kept as :class:`Slot`, since passes change a node's inputs.
     """
 
     def __init__(self, target: torch._ops.OpOverload, arguments: list[Any]):
@@ -80,7 +82,7 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class Weights:
-    """Names of a convolution's or linear layer's tensors and the batch norms folded into it: the key of packed weights."""
+    """Names of a layer's tensors and of the batch norms folded into it: the key of packed weights."""
 
     weight: str
     bias: str | None
@@ -89,11 +91,14 @@ class Weights:
 
 @dataclass
 class Graph:
-    """Nodes in execution order; ``inputs`` in the order of the call; ``outputs`` holds nodes and plain constants."""
+    """Nodes in execution order; ``inputs`` in the order of the call."""
 
     nodes: list[Node]
     inputs: list[Node]
     outputs: list[Any]
+    """Nodes, constant tensors and plain values."""
+    out_spec: pytree.TreeSpec
+    """How the model arranges its outputs."""
     constants: dict[str, torch.Tensor]
     """Every parameter, buffer and constant, by name."""
     dtype: torch.dtype

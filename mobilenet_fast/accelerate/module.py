@@ -1,10 +1,12 @@
-"""The module that users hold: a network for inference, run by a plan per input shape."""
+"""The module that users hold: a network for inference, run by a plan per set of input shapes."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import os
 import threading
-from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,102 +21,129 @@ from .plan import PackedWeights, Plan, Report, build
 _MAX_PLANS = 64
 
 
+@dataclass
+class _Entry:
+    """A plan, the capture that it comes from, and when it ran last."""
+
+    plan: Plan
+    capture: Capture
+    used: int = 0
+
+
 class AcceleratedModule(nn.Module):
     """What :func:`accelerate` returns: same inputs and outputs as the model, for inference on CPU.
 
-    A plan is made for each input shape and kept (the 64 used last); they share packed weights. A 4-D output is channels_last if the input
-    is, else contiguous. ``state_dict()`` holds the model's own keys with the weights in use, and ``load_state_dict()``
-    replaces them; there are no parameters to train, and ``train()`` leaves it in evaluation mode. Copying, pickling and
-    ``torch.save`` keep the weights; plans are made again where they are needed.
+    A plan is made for each set of input shapes, and the 64 used last are kept; they share packed weights. Numbers and
+    strings among the inputs are part of the plan. Inputs are only read, even where the model writes to its own. A 4-D
+    output is channels_last if an input is, else contiguous. Any number of threads may call it at once. Autocast does
+    not change what it computes.
+
+    ``state_dict()`` holds the model's own keys with the weights in use, and ``load_state_dict()`` replaces them; there
+    are no parameters to train, and ``train()`` leaves it in evaluation mode. Copies, pickles and files (:meth:`save`)
+    keep the weights; plans are made again where they are needed. ``torch.export`` and ``torch.jit.trace`` of a larger
+    model see the original's operations; ``torch.compile`` of one calls the plan.
     """
 
     def __init__(self, model: nn.Module, *, strict: bool = False):
         super().__init__()
-        self.strict = strict
+        self._set_up(_frozen_copy(model), strict)
         self._hide("_source", model)  # whose weights refresh() takes
-        self._hide("_model", copy.deepcopy(model))  # the weights in use, and what is captured
-        self._reset()
+
+    def _set_up(self, model: nn.Module, strict: bool) -> None:
+        self.strict = strict
         self.training = False
+        self._hide("_source", None)
+        self._hide("_lock", threading.RLock())
+        self._hide("_clock", itertools.count(1))
+        self._hide("_captures", [])
+        self._hide("_examples", {})  # by structure of the inputs, those captured first
+        self._use(model)
+
+    def _use(self, model: nn.Module) -> None:
+        """Takes ``model`` for its own. Captures that hold no tensors stay; a call under way ends on its old plan."""
+        self._hide("_model", model)
+        self._captures[:] = [capture for capture in self._captures if not capture.tensors]
+        self._hide("_packed", PackedWeights())
+        self._hide("_plans", {})
+        self._hide("_last", None)
 
     def _hide(self, name: str, value: Any) -> None:
         # Not a submodule: a larger model's parameters(), to() and train() pass it by.
         object.__setattr__(self, name, value)
 
-    def _reset(self) -> None:
-        self._hide("_lock", threading.RLock())
-        self._hide("_captures", [])
-        self._hide("_packed", PackedWeights())
-        self._hide("_plans", OrderedDict())
-        self._hide("_last", None)
-
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
             return self._model(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return self._run_uncompiled(args, kwargs)
         return self._run(args, kwargs)
 
-    @torch.compiler.disable
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        leaves, spec = ([args[0]], None) if _is_single_tensor(args, kwargs) else pytree.tree_flatten((args, kwargs))
-        tensors = []
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor):
-                if leaf.requires_grad and torch.is_grad_enabled():
-                    raise RuntimeError(
-                        "accelerate: gradients do not flow through an accelerated model, got an input that requires "
-                        "grad; call it under torch.no_grad() or train the original model"
-                    )
-                tensors.append(leaf)
-        key = (spec, *[_leaf_key(leaf) for leaf in leaves])
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._prepare(args, kwargs, leaves, key)
-        self._last = plan
-        results = plan.run(tensors)
-        if any(isinstance(r, torch.Tensor) and r.dim() == 4 for r in results):
-            format_ = _memory_format(tensors)
-            results = [
-                r.contiguous(memory_format=format_) if isinstance(r, torch.Tensor) and r.dim() == 4 else r
-                for r in results
-            ]
-        return pytree.tree_unflatten(results, plan.out_spec)
+        tensors, entry = self._plan(args, kwargs)
+        entry.used = next(self._clock)
+        if torch.is_autocast_enabled("cpu"):  # steps through ATen would see it
+            with torch.autocast("cpu", enabled=False):
+                return entry.plan.run(tensors)
+        return entry.plan.run(tensors)
 
-    def _prepare(self, args: tuple, kwargs: dict[str, Any], leaves: list[Any], key: tuple) -> Plan:
-        with self._lock:
-            if key in self._plans:
-                return self._plans[key]
-            self._check(leaves)
-            capture = next((c for c in self._captures if c.serves(leaves)), None)
-            if capture is None:
-                capture = Capture(self._model, args, kwargs)
-                self._captures.append(capture)
-            graph = optimise(capture.lower(leaves, _state(self._model)))
-            plan = build(graph, self._packed, _C.cpu_isa())
-            plan.out_spec = capture.out_spec
-            if self.strict and plan.report.fallbacks:
-                rows = "; ".join(f"{row.name}: {row.fallback}" for row in plan.report.fallbacks)
-                raise NotImplementedError(f"accelerate: strict=True allows no step through ATen, got {rows}")
-            self._plans[key] = plan
-            while len(self._plans) > _MAX_PLANS:
-                self._plans.popitem(last=False)
-            return plan
+    _run_uncompiled = torch.compiler.disable(_run)
 
-    def _check(self, leaves: list[Any]) -> None:
+    def _plan(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], _Entry]:
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+            leaves, spec = args, None  # spares the usual call 5 us
+        else:
+            kwargs = dict(sorted(kwargs.items()))
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+            raise RuntimeError(
+                "accelerate: gradients do not flow through an accelerated model, got an input that requires grad; call "
+                "it under torch.no_grad() or train the original model"
+            )
+        key = (spec, *map(_leaf_key, leaves))
+        entry = self._plans.get(key)
+        if entry is None:
+            with self._lock, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                entry = self._plans.get(key) or self._prepare(args, kwargs, leaves, key)
+        self._hide("_last", entry)
+        return tensors, entry
+
+    def _prepare(self, args: tuple, kwargs: dict[str, Any], leaves: Any, key: tuple) -> _Entry:
+        spec = pytree.tree_structure((args, kwargs))
+        self._check(leaves, self._examples.get(spec))
+        capture = next((c for c in self._captures if c.spec == spec and c.serves(leaves)), None)
+        known = capture is not None
+        if not known:
+            capture = _capture(_frozen_copy(self._model), args, kwargs)
+        plan = build(optimise(capture.lower(leaves, _state(self._model))), self._packed, _C.cpu_isa())
+        if self.strict and plan.report.fallbacks:
+            rows = "; ".join(f"{row.name}: {row.fallback}" for row in plan.report.fallbacks)
+            raise NotImplementedError(f"accelerate: strict=True allows no step through ATen, got {rows}")
+        # Nothing has changed until here.
+        if len(self._plans) >= _MAX_PLANS:
+            del self._plans[min(self._plans, key=lambda k: self._plans[k].used)]
+            self._captures[:] = [c for c in self._captures if any(e.capture is c for e in self._plans.values())]
+        if not known:
+            self._captures.append(capture)
+        self._examples.setdefault(spec, [_example(leaf) for leaf in leaves])
+        entry = self._plans[key] = _Entry(plan, capture)
+        return entry
+
+    def _check(self, leaves: Any, examples: list[Any] | None) -> None:
         """Refuses inputs unlike the ones captured first; their batch and image size may differ."""
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor) and leaf.device.type != "cpu":
-                raise ValueError(f"accelerate: inputs must be on the CPU, got {leaf.device}")
-        if not self._captures:
-            return
-        examples = self._captures[0].examples
-        if len(examples) != len(leaves):
-            raise ValueError(f"accelerate: the model takes {len(examples)} inputs, got {len(leaves)}")
-        for i, (example, leaf) in enumerate(zip(examples, leaves, strict=True)):
-            what = f"accelerate: input {i}" if len(leaves) > 1 else "accelerate: input"
-            if example is None or not isinstance(leaf, torch.Tensor):
+        for i, leaf in enumerate(leaves):
+            if not isinstance(leaf, torch.Tensor):
                 continue
-            shape, dtype = example
+            what = f"accelerate: input {i}" if len(leaves) > 1 else "accelerate: input"
+            if not leaf.is_cpu:
+                raise ValueError(f"{what} must be on the CPU, got {leaf.device}")
+            if leaf.layout != torch.strided:
+                raise ValueError(f"{what} must be strided, got {leaf.layout}")
+            if examples is None or examples[i] is None:
+                continue
+            shape, dtype = examples[i]
             if leaf.dtype != dtype:
                 raise TypeError(f"{what} must be {dtype}, got {leaf.dtype}")
             if leaf.dim() != len(shape):
@@ -131,12 +160,32 @@ class AcceleratedModule(nn.Module):
         """
         if self._last is None:
             raise RuntimeError("accelerate: nothing is planned yet; call the module or give example_inputs")
-        return self._last.report
+        return self._last.plan.report
 
     def refresh(self) -> AcceleratedModule:
-        """Takes the original model's weights again; returns self. Plans are made again at the next call."""
-        self.load_state_dict(self._source.state_dict())
+        """Takes the original model's weights again, as they are now, and returns self.
+
+        Plans are made again, in milliseconds, at the next call of each shape. Raises RuntimeError for a copy and for
+        what came from a file, which have no original, and ValueError if the original's parameters or buffers have other
+        names or shapes by now.
+        """
+        if self._source is None:
+            raise RuntimeError(
+                "accelerate: a copy has no original to refresh from; load_state_dict() replaces its weights"
+            )
+        if _signature(self._source) != _signature(self._model):
+            raise ValueError("accelerate: the original's parameters or buffers have changed shape; accelerate it again")
+        model = _frozen_copy(self._source)
+        with self._lock:
+            self._use(model)
         return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the network with its weights to a file that :func:`load` reads.
+
+        The file is a pickle: it names the model's Python classes, which must be importable where it is read.
+        """
+        torch.save(self, path)
 
     # nn.Module
 
@@ -150,19 +199,21 @@ class AcceleratedModule(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        model = _frozen_copy(self._model)
+        try:
+            result = model.load_state_dict(own, strict=False)
+        except RuntimeError as error:
+            error_msgs.append(str(error))
+            return
+        missing_keys.extend(prefix + key for key in result.missing_keys)
+        if strict:
+            unexpected_keys.extend(prefix + key for key in result.unexpected_keys)
         with self._lock:
-            try:
-                result = self._model.load_state_dict(own, strict=False)
-            except RuntimeError as error:
-                error_msgs.append(str(error))
-                return
-            missing_keys.extend(prefix + key for key in result.missing_keys)
-            if strict:
-                unexpected_keys.extend(prefix + key for key in result.unexpected_keys)
-            self._reset()
+            self._use(model)
 
     def _apply(self, fn, recurse: bool = True):
-        probe = torch.zeros(1)
+        dtype = next((t.dtype for t in _state(self._model).values() if t.is_floating_point()), torch.float32)
+        probe = torch.zeros(1, dtype=dtype)
         moved = fn(probe)
         if moved.dtype != probe.dtype or moved.device != probe.device:
             raise NotImplementedError(
@@ -176,11 +227,7 @@ class AcceleratedModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)
-        self.strict = state["strict"]
-        self._hide("_source", state["model"])
-        self._hide("_model", state["model"])
-        self._reset()
-        self.training = False
+        self._set_up(state["model"], state["strict"])
 
     def __deepcopy__(self, memo: dict) -> AcceleratedModule:
         clone = object.__new__(type(self))
@@ -202,15 +249,15 @@ def accelerate(
     """A fast copy of ``model`` for inference on CPU; the model itself is left as it is.
 
     Batch norm is folded, activations, squeeze-excite gates and residuals are fused into the convolutions, weights are
-    packed once, and the network runs as one call over one reused arena. What has no kernel of ours runs through ATen and
-    is named by ``explain()``.
+    packed once, and the network runs as one call over one reused arena. What has no kernel of ours runs through ATen
+    and is named by ``explain()``.
 
     Args:
-        model: any module in evaluation mode that ``torch.export`` can capture, float32 or float64, on CPU. Its weights are taken now;
-            ``refresh()`` takes them again.
-        example_inputs: a tensor or a tuple of positional inputs. Given, the graph is captured at once (about a second);
-            otherwise at the first call.
-        example_kwargs: keyword inputs, with ``example_inputs``.
+        model: any module in evaluation mode that ``torch.export`` can capture, on CPU. Kernels serve float32 and
+            float64, other dtypes run through ATen. Its weights are taken now; ``refresh()`` takes them again.
+        example_inputs: a tensor or a tuple of positional inputs. Given, the graph is captured at once (a second or
+            two); otherwise at the first call.
+        example_kwargs: keyword inputs, with or without ``example_inputs``.
         strict: raise NotImplementedError where something would run through ATen.
 
     Returns:
@@ -218,8 +265,11 @@ def accelerate(
         milliseconds, new image sizes captured again with the weights shared.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it is in training mode, or not on the CPU.
+        TypeError: ``model`` is no module; at a call, an input is of another dtype than the model takes.
+        ValueError: the model is in training mode, or not on the CPU; at a call, an input is on another device, or has
+            another rank or channel count than the model takes.
+        NotImplementedError: ``torch.export`` cannot capture the model, or the model changes its own weights.
+        RuntimeError: at a call with gradients enabled, an input requires grad.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be an nn.Module, got {type(model).__name__}")
@@ -234,30 +284,62 @@ def accelerate(
     if example_inputs is not None or example_kwargs is not None:
         args = () if example_inputs is None else example_inputs
         args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
-        with torch.no_grad():
-            leaves, spec = pytree.tree_flatten((args, example_kwargs or {}))
-            if _is_single_tensor(args, example_kwargs):
-                leaves, spec = [args[0]], None
-            key = (spec, *[_leaf_key(leaf) for leaf in leaves])
-            fast._last = fast._prepare(args, example_kwargs or {}, leaves, key)
+        fast._plan(args, example_kwargs or {})
     return fast
 
 
-def _is_single_tensor(args: tuple, kwargs: dict | None) -> bool:
-    return len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
+def load(path: str | os.PathLike) -> AcceleratedModule:
+    """The accelerated module that :meth:`AcceleratedModule.save` wrote to ``path``; plans are made at its first calls.
+
+    The file is a pickle, and reading one runs code from it: load only files that you trust. Raises TypeError if it
+    holds something else.
+    """
+    fast = torch.load(path, weights_only=False)
+    if not isinstance(fast, AcceleratedModule):
+        raise TypeError(f"load: '{os.fspath(path)}' holds no accelerated module, got {type(fast).__name__}")
+    return fast
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    with torch.inference_mode(False):  # tensors made under it could not be captured
+        return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
+    """Captures a model that nobody else uses: tracing leaves fake tensors in what a model makes at its first call and
+    keeps, so that it is called once before.
+    """
+    zeros, zero_kwargs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (args, kwargs))
+    try:
+        model(*zeros, **zero_kwargs)
+    except Exception as error:
+        dtypes = {tensor.dtype for tensor in _state(model).values() if tensor.is_floating_point()}
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+            if floating and len(dtypes) == 1 and leaf.dtype not in dtypes:
+                raise TypeError(f"accelerate: input must be {dtypes.pop()}, got {leaf.dtype}") from error
+        raise ValueError(f"accelerate: the model does not take these inputs: {_first_line(error)}") from error
+    try:
+        return Capture(model, args, kwargs)
+    except Exception as error:
+        what, why = type(model).__name__, _first_line(error).removeprefix("accelerate: ")
+        raise NotImplementedError(f"accelerate: {what} cannot be captured: {why}") from error
 
 
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return (leaf.shape, leaf.dtype, leaf.device.type)
-    return (type(leaf), leaf)
+        return (leaf.shape, leaf.dtype, leaf.is_cpu, leaf.layout)
+    if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
+        return (type(leaf), repr(leaf))  # repr tells -0.0 from 0.0, and finds NaN again
+    raise TypeError(f"accelerate: inputs must be tensors, numbers or strings, got {type(leaf).__name__}")
 
 
-def _memory_format(tensors: list[torch.Tensor]) -> torch.memory_format:
-    last = any(
-        t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors
-    )
-    return torch.channels_last if last else torch.contiguous_format
+def _example(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -266,3 +348,7 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def _signature(model: nn.Module) -> dict[str, Any]:
+    return {name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in _state(model).items()}

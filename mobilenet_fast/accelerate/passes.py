@@ -1,7 +1,7 @@
 """The rewrites between capture and plan, each a small function over :class:`~mobilenet_fast.accelerate.graph.Graph`.
 
-After :func:`optimise` every node is one step of the plan, or an alias. A node that took others in has lost its ``call``: it
-can no longer run through ATen, so a pass only builds what the kernels serve.
+After :func:`optimise` every node is one step of the plan, or an alias. A node that took others in has lost its
+``call``: it can no longer run through ATen, so a pass only builds what the kernels serve.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .graph import Graph, Node
 
 def optimise(graph: Graph) -> Graph:
     for rewrite in (
+        drop_neutral_numbers,
         recognise_activations,
         fuse_padding,
         fold_batch_norm,
@@ -46,11 +47,18 @@ def has_kernel(node: Node) -> bool:
     return node.op == "linear" or is_dense(node) or is_depthwise(node)
 
 
-def _only_user(graph: Graph, users: dict[Node, list[Node]], node: Node) -> Node | None:
+def only_user(graph: Graph, users: dict[Node, list[Node]], node: Node) -> Node | None:
     """The one reader of a node that is no output."""
     if len(users[node]) != 1 or node in graph.output_nodes():
         return None
     return users[node][0]
+
+
+def drop_neutral_numbers(graph: Graph) -> None:
+    """x + 0 and x · 1 are x."""
+    for node in graph.nodes:
+        if (node.op, node.attrs.get("value")) in (("add_scalar", 0), ("mul_scalar", 1)):
+            graph.replace(node, node.inputs[0])
 
 
 def recognise_activations(graph: Graph) -> None:
@@ -105,7 +113,7 @@ def fold_batch_norm(graph: Graph) -> None:
     """Batch norm after a convolution or linear layer goes into its weights."""
     users = graph.users()
     for conv in graph.matches(lambda n: has_kernel(n) and len(n.shape) != 3):
-        while (norm := _only_user(graph, users, conv)) is not None and norm.op == "batch_norm":
+        while (norm := only_user(graph, users, conv)) is not None and norm.op == "batch_norm":
             weights = conv.attrs["weights"]
             norms = (*weights.batch_norms, norm.attrs["batch_norm"])
             conv.attrs["weights"] = replace(weights, batch_norms=norms)
@@ -119,9 +127,9 @@ def recognise_squeeze_excite(graph: Graph) -> None:
 
     def next_of(node: Node) -> Node | None:
         """The only reader, past reshapes between (N, C) and (N, C, 1, 1)."""
-        following = _only_user(graph, users, node)
-        while following is not None and following.op == "reshape" and _is_vector(following):
-            following = _only_user(graph, users, following)
+        following = only_user(graph, users, node)
+        while following is not None and following.op == "reshape" and _is_vector(following, node.shape[:2]):
+            following = only_user(graph, users, following)
         return following
 
     def is_layer(node: Node | None) -> bool:
@@ -138,6 +146,8 @@ def recognise_squeeze_excite(graph: Graph) -> None:
         if len(chain) < 5:
             continue
         _, first, squeeze, second, gate = chain
+        if gate.shape[1] != pool.shape[1]:
+            continue  # a classifier
         gate.attrs = {
             "weights1": first.attrs["weights"],
             "weights2": second.attrs["weights"],
@@ -147,13 +157,13 @@ def recognise_squeeze_excite(graph: Graph) -> None:
         gate.op, gate.inputs = "squeeze_excite", [pool.inputs[0]]
 
 
-def _is_vector(node: Node) -> bool:
+def _is_vector(node: Node, shape: tuple[int, ...]) -> bool:
     """(N, C) or (N, C, 1, 1), which are the same in memory."""
-    return len(node.shape) == 2 or (len(node.shape) == 4 and node.shape[2:] == (1, 1))
+    return node.shape[:2] == shape and all(size == 1 for size in node.shape[2:])
 
 
 def is_alias(node: Node) -> bool:
-    """Whether a reshape leaves memory as it is: neither side is an image of several pixels, which lies channels last."""
+    """Whether a reshape leaves memory as it is: neither side is an image of several pixels, which is channels_last."""
     if node.op != "reshape":
         return False
     return all(len(n.shape) != 4 or n.shape[2:] == (1, 1) for n in (node, node.inputs[0]))
@@ -181,7 +191,7 @@ def fuse_residual_and_activation(graph: Graph) -> None:
                 takes_residual = is_dense(host) or (host.op == "linear" and len(host.shape) == 2)
                 if not takes_residual or host is other or position[other] > position[host]:
                     continue
-                if _only_user(graph, users, host) is not node or host.activation != "none" or len(host.inputs) > 1:
+                if only_user(graph, users, host) is not node or host.activation != "none" or len(host.inputs) > 1:
                     continue
                 host.inputs = [*host.inputs, other]
                 host.attrs["residual"] = True
@@ -191,7 +201,7 @@ def fuse_residual_and_activation(graph: Graph) -> None:
         elif node.op == "activation":
             host = node.inputs[0]
             takes_activation = has_kernel(host) or host.op == "gate" or is_affine(host) or is_sum(host)
-            if takes_activation and host.activation == "none" and _only_user(graph, users, host) is node:
+            if takes_activation and host.activation == "none" and only_user(graph, users, host) is node:
                 host.attrs["activation"] = node.activation
                 _absorb(graph, host, node)
                 users = graph.users()
@@ -216,7 +226,7 @@ def fuse_gate(graph: Graph) -> None:
     """A gated tensor that only a pointwise convolution reads is multiplied as that reads it."""
     users = graph.users()
     for gate in graph.matches(lambda n: n.op == "gate" and n.activation == "none"):
-        conv = _only_user(graph, users, gate)
+        conv = only_user(graph, users, gate)
         if conv is None or not is_pointwise(conv) or conv.inputs[0] is not gate:
             continue
         if gate in conv.inputs[1:]:

@@ -1,5 +1,5 @@
-"""From a graph to a plan: which kernel runs each node, where each tensor lies, in what order. The plan is a table that the
-C++ engine executes and :meth:`Report.__str__` prints.
+"""From a graph to a plan: which kernel runs each node, where each tensor lies, in what order. The plan is a table that
+the C++ engine executes and :meth:`Report.__str__` prints.
 """
 
 from __future__ import annotations
@@ -7,10 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+from torch.utils import _pytree as pytree
 
 from .. import _C
+from .blocks import fuse_blocks
 from .graph import Call, Constant, Graph, Node, Slot, Weights
 from .passes import is_affine, is_alias, is_dense, is_depthwise, is_pointwise, is_sum
 
@@ -18,25 +21,28 @@ _ALIGNMENT = 64
 
 
 class PackedWeights:
-    """Weights with batch norm folded in, in the kernels' layout; each packed once, whatever input shapes use it."""
+    """Weights with batch norm folded in, in the kernels' layout; each packed once, whatever input shapes use it, and
+    dropped with the last plan that does.
+    """
 
     def __init__(self) -> None:
-        self._packed: dict[tuple, torch.Tensor] = {}
+        self._packed: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
 
     def get(self, weights: Weights, constants: dict[str, torch.Tensor], *, depthwise: bool, isa: str) -> torch.Tensor:
         key = (weights, depthwise, isa)
-        if key not in self._packed:
+        packed = self._packed.get(key)
+        if packed is None:
             weight, bias = fold(weights, constants)
             pack = _C.pack_depthwise_conv2d if depthwise else _C.pack_conv2d
-            self._packed[key] = pack(weight, bias, isa)
-        return self._packed[key]
+            self._packed[key] = packed = pack(weight, bias, isa)
+        return packed
 
     def __len__(self) -> int:
         return len(self._packed)
 
 
 def fold(weights: Weights, constants: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(K, C, kH, kW) weight and (K,) bias with the batch norms folded in, computed in float64, in the weight's dtype."""
+    """(K, C, kH, kW) weight and (K,) bias with batch norms folded in, computed in float64, in the weight's dtype."""
 
     def get(name: str | None, default: float) -> torch.Tensor | float:
         return default if name is None else constants[name].detach().double()
@@ -100,22 +106,43 @@ class Plan:
     """An executable plan for one set of input shapes."""
 
     engine: _C.Plan
-    outputs: list[Any]
-    """For each output a constant, or :class:`Output`."""
+    leaves: list[Any]
+    """The outputs, None in place of those that the engine computes."""
+    positions: list[int]
+    """Which of ``leaves`` the engine's results are."""
+    images: list[int]
+    """Which of the engine's results have four dimensions."""
+    out_spec: pytree.TreeSpec
+    weights: list[torch.Tensor]
+    """Keeps them in :class:`PackedWeights`."""
     report: Report
 
-    def run(self, inputs: list[torch.Tensor]) -> list[Any]:
+    def __post_init__(self) -> None:
+        self._single = self.out_spec.is_leaf() and self.positions == [0]
+
+    def run(self, inputs: list[torch.Tensor]) -> Any:
+        """The model's outputs. Images among them are channels_last where one of the inputs is."""
         results = self.engine.run(inputs)
-        return [results[o.index] if isinstance(o, Output) else o for o in self.outputs]
+        if self.images:
+            memory_format = torch.channels_last if any(map(_is_channels_last, inputs)) else torch.contiguous_format
+            for i in self.images:
+                results[i] = results[i].contiguous(memory_format=memory_format)
+        if self._single:
+            return results[0]
+        leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        for position, result in zip(self.positions, results, strict=True):
+            leaves[position] = result
+        return pytree.tree_unflatten(leaves, self.out_spec)
 
 
-@dataclass(frozen=True)
-class Output:
-    index: int
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 @dataclass
 class _Value:
+    """A tensor of the plan: what the engine's Value becomes."""
+
     storage: str  # arena, input, output or aten
     shape: tuple[int, ...]
     itemsize: int = 4
@@ -128,6 +155,7 @@ class _Value:
 
 
 def build(graph: Graph, packed: PackedWeights, isa: str) -> Plan:
+    fuse_blocks(graph, _C.l2_cache_bytes())
     return _Builder(graph, packed, isa).build()
 
 
@@ -140,18 +168,18 @@ class _Builder:
         self.steps: list[Callable[[_C.Plan], None]] = []
         self.rows: list[tuple[Node, str, str]] = []  # node, operation, fallback
         self.users = graph.users()
+        self.weights: list[torch.Tensor] = []
 
     def build(self) -> Plan:
         outputs = self.graph.output_nodes()
         averaged = {n.inputs[0] for n in self.graph.nodes if n.op in ("global_avg_pool", "squeeze_excite")}
         for position, node in enumerate(self.graph.inputs):
-            strided = all(self.reads_any_strides(user) for user in self.users[node])
+            strided = all(self.reads_any_strides(user, node) for user in self.users[node])
             self.define(node, "input", position=position, any_strides=strided)
-        output_count = 0
         for node in self.graph.nodes:
-            if node.op == "input":
-                continue
-            if node in averaged and is_depthwise(node):
+            if node in self.ids:
+                continue  # an input, or computed already as what it reshapes
+            if node in averaged and makes_sums(node):
                 n, c, h, _ = node.shape
                 self.sums[node] = self.new_value("arena", (n, _C.depthwise_sum_parts(h), c))
             if is_alias(node) and self.values[self.ids[node.inputs[0]]].storage == "arena":
@@ -162,17 +190,16 @@ class _Builder:
             if emit is None:
                 self.aten(node)
                 continue
-            aliased = any(is_alias(user) for user in self.users[node])
-            if node in outputs and not aliased:
-                self.define(node, "output", position=output_count)
-                output_count += 1
-            else:
-                self.define(node, "arena")
+            # What only a reshape reads is computed as that reshape.
+            users = self.users[node]
+            result = users[0] if node not in outputs and len(users) == 1 and is_alias(users[0]) else node
+            returned = result in outputs and not any(map(is_alias, self.users[result]))
+            self.ids[node] = self.define(result, "output" if returned else "arena")
             reads = [self.ids[source] for source in node.inputs]
             writes = [self.ids[node], *([self.sums[node]] if node in self.sums else [])]
             reads += [self.sums[source] for source in node.inputs[:1] if source in self.sums]
             self.step(node, _operation(node), "", reads, writes, emit)
-        results = [self.result(output) for output in self.graph.outputs]
+        results = [self.result(output) for output in self.graph.outputs if isinstance(output, Node)]
         arena_bytes = self.place()
         engine = _C.Plan(
             dtype=str(self.graph.dtype).removeprefix("torch."),
@@ -180,7 +207,7 @@ class _Builder:
                 (v.storage, (v.root or v).offset if v.storage == "arena" else v.position, v.shape, v.any_strides)
                 for v in self.values
             ],
-            outputs=[value for value in results if isinstance(value, int)],
+            outputs=results,
             arena_bytes=arena_bytes,
         )
         for emit in self.steps:
@@ -189,9 +216,17 @@ class _Builder:
             Row(node.name, operation, node.shape, kernel, fallback)
             for (node, operation, fallback), kernel in zip(self.rows, engine.describe(), strict=True)
         )
-        index = iter(range(len(results)))
-        finals = [Output(next(index)) if isinstance(r, int) else r[0] for r in results]
-        return Plan(engine, finals, Report(rows, self.isa, arena_bytes))
+        graph_outputs = self.graph.outputs
+        positions = [i for i, output in enumerate(graph_outputs) if isinstance(output, Node)]
+        return Plan(
+            engine,
+            leaves=[None if isinstance(output, Node) else output for output in graph_outputs],
+            positions=positions,
+            images=[i for i, position in enumerate(positions) if len(graph_outputs[position].shape) == 4],
+            out_spec=self.graph.out_spec,
+            weights=self.weights,
+            report=Report(rows, self.isa, arena_bytes),
+        )
 
     # Values
 
@@ -212,10 +247,8 @@ class _Builder:
         self.steps.append(emit)
         self.rows.append((node, operation, fallback))
 
-    def result(self, output: Any) -> Any:
-        """The value id of an output, or its constant in a tuple."""
-        if not isinstance(output, Node):
-            return (output,)
+    def result(self, output: Node) -> int:
+        """The value that an output is returned from."""
         value = self.values[self.ids[output]]
         if value.storage != "arena":
             return self.ids[output]
@@ -248,11 +281,14 @@ class _Builder:
 
     # Steps
 
-    def reads_any_strides(self, node: Node) -> bool:
-        return is_dense(node) and not is_pointwise(node) and node.inputs.count(node.inputs[0]) == 1
+    def reads_any_strides(self, node: Node, source: Node) -> bool:
+        """Whether a step reads this input of it, and reads it nowhere else, however it lies in memory."""
+        return is_dense(node) and not is_pointwise(node) and node.inputs[0] is source and source not in node.inputs[1:]
 
     def pack(self, weights: Weights, depthwise: bool = False) -> torch.Tensor:
-        return self.packed.get(weights, self.graph.constants, depthwise=depthwise, isa=self.isa)
+        packed = self.packed.get(weights, self.graph.constants, depthwise=depthwise, isa=self.isa)
+        self.weights.append(packed)
+        return packed
 
     def native(self, node: Node) -> Callable[[_C.Plan], None] | None:
         """A function that adds the node to the engine's plan; None where ATen has to run it."""
@@ -291,6 +327,25 @@ class _Builder:
             residual = node.inputs[1] if attrs.get("residual") else None
             return lambda engine: engine.add_conv2d(
                 **shared, y=ids[node], residual=-1 if residual is None else ids[residual]
+            )
+        if node.op == "inverted_residual":
+            top, _, left, _ = attrs["padding"]
+            expand, project = (attrs[k] and self.pack(attrs[k]) for k in ("expand", "project"))
+            depthwise = self.pack(attrs["depthwise"], depthwise=True)
+            return lambda engine: engine.add_inverted_residual(
+                isa=isa,
+                x_shape=x.shape,
+                y_shape=node.shape,
+                hidden_channels=attrs["hidden"],
+                expand=expand,
+                depthwise=depthwise,
+                project=project,
+                activations=attrs["activations"],
+                window=(*attrs["kernel"], *attrs["stride"], top, left, *attrs["dilation"]),
+                x=ids[x],
+                y=ids[node],
+                sums=self.sums.get(node, -1),
+                residual=ids[node.inputs[1]] if len(node.inputs) > 1 else -1,
             )
         if node.op in ("squeeze_excite", "global_avg_pool"):
             sums = self.sums.get(x, -1)
@@ -367,6 +422,11 @@ class _Builder:
         self.step(node, _operation(node), _why_aten(node), reads, [o for o in outputs if o >= 0], emit)
 
 
+def makes_sums(node: Node) -> bool:
+    """Whether a step can sum its output over rows while it has it in registers."""
+    return is_depthwise(node) or (node.op == "inverted_residual" and node.attrs["project"] is None)
+
+
 def _bytes(value: _Value) -> int:
     size = torch.Size(value.shape).numel() * value.itemsize
     return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
@@ -380,15 +440,16 @@ def _image(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 
 
 def _operation(node: Node) -> str:
+    if node.op == "activation":
+        return node.activation
     if node.op == "conv2d":
         name = "pointwise_conv2d" if is_pointwise(node) else "depthwise_conv2d" if is_depthwise(node) else "conv2d"
     else:
         name = node.attrs["call"].target._schema.name if node.op == "aten" else node.op
     parts = [name, *(["batch_norm"] if "weights" in node.attrs and node.attrs["weights"].batch_norms else [])]
     parts += [extra for extra in ("gate", "residual") if node.attrs.get(extra)]
-    if node.op not in ("activation", "squeeze_excite") and node.activation == "none":
-        return " + ".join(parts)
-    return " + ".join([*parts, *([node.activation] if node.op != "squeeze_excite" else [])])
+    parts += [node.activation] if node.activation != "none" else []
+    return " + ".join(parts)
 
 
 def _why_aten(node: Node) -> str:

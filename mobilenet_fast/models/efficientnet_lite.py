@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..nn import Conv2dSame, DepthwiseConv2d, PointwiseConv2d
-from ..nn.fusion import run_chain
+from ..nn import Conv2dSame, DepthwiseConv2d, FusedSequential, PointwiseConv2d
+from ..nn.dispatch import known
+from ..nn.fusion import Chained, Links
 from .initialisation import efficientnet_init
 from .registry import StateDict, Weights, load_weights, register_model
 
@@ -51,7 +52,7 @@ def efficientnet_lite0(
     return load_weights(model, weights, {"imagenet": _imagenet_weights}, _to_timm_keys)
 
 
-class EfficientNetLite(nn.Module):
+class EfficientNetLite(Chained):
     """See `efficientnet_lite0`. (N, in_chans, H, W) → (N, num_classes)."""
 
     def __init__(self, num_classes: int, in_chans: int, dropout: float) -> None:
@@ -66,8 +67,8 @@ class EfficientNetLite(nn.Module):
                 kind = DepthwiseSeparable if expansion == 1 else InvertedResidual
                 stage.append(kind(channels, channels * expansion, out_channels, kernel_size, stride if i == 0 else 1))
                 channels = out_channels
-            stages.append(nn.Sequential(*stage))
-        self.blocks = nn.Sequential(*stages)
+            stages.append(FusedSequential(*stage))
+        self.blocks = FusedSequential(*stages)
         self.conv_head = PointwiseConv2d(channels, 1280, bias=False)
         self.bn2 = _norm(1280)
         self.act = nn.ReLU6(inplace=True)
@@ -75,12 +76,15 @@ class EfficientNetLite(nn.Module):
         self.classifier = nn.Linear(1280, num_classes)
         efficientnet_init(self)
 
+    def links(self) -> Links:
+        return Links([self.conv_stem, self.bn1, self.act, self.blocks, self.conv_head, self.bn2, self.act])
+
     def forward(self, x: Tensor) -> Tensor:
-        x = run_chain((self.conv_stem, self.bn1, self.act, self.blocks, self.conv_head, self.bn2, self.act), x)
-        return self.classifier(self.dropout(x.mean((2, 3))))
+        return self.classifier(self.dropout(super().forward(x).mean((2, 3))))
 
 
-class DepthwiseSeparable(nn.Module):
+@known
+class DepthwiseSeparable(Chained):
     """A block without expansion, which has no residual here: it is the network's first."""
 
     def __init__(self, in_channels: int, _: int, out_channels: int, kernel_size: int, stride: int) -> None:
@@ -91,11 +95,12 @@ class DepthwiseSeparable(nn.Module):
         self.conv_pw = PointwiseConv2d(in_channels, out_channels, bias=False)
         self.bn2 = _norm(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return run_chain((self.conv_dw, self.bn1, self.act, self.conv_pw, self.bn2), x)
+    def links(self) -> Links:
+        return Links([self.conv_dw, self.bn1, self.act, self.conv_pw, self.bn2])
 
 
-class InvertedResidual(nn.Module):
+@known
+class InvertedResidual(Chained):
     """`mobilenet_fast.nn.InvertedResidual` without squeeze-and-excitation, under the keys of this network."""
 
     def __init__(self, in_channels: int, expanded: int, out_channels: int, kernel_size: int, stride: int) -> None:
@@ -109,9 +114,9 @@ class InvertedResidual(nn.Module):
         self.bn3 = _norm(out_channels)
         self.has_skip = stride == 1 and in_channels == out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        chain = (self.conv_pw, self.bn1, self.act, self.conv_dw, self.bn2, self.act, self.conv_pwl, self.bn3)
-        return run_chain(chain, x, x if self.has_skip else None)
+    def links(self) -> Links:
+        expansion = [self.conv_pw, self.bn1, self.act]
+        return Links([*expansion, self.conv_dw, self.bn2, self.act, self.conv_pwl, self.bn3], self.has_skip)
 
 
 def _depthwise(channels: int, kernel_size: int, stride: int) -> nn.Conv2d:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import ConvNormAct, FusedSequential, PointwiseConv2d
+from ..nn.dispatch import known
+from ..nn.fusion import Chained, Links
 from .initialisation import mobilenet_init
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
@@ -60,7 +62,7 @@ class MobileNetV2(nn.Module):
                 features.append(InvertedResidual(channels, out_channels, expansion, stride if i == 0 else 1))
                 channels = out_channels
         features.append(ConvNormAct(channels, self.last_channel, 1, activation_layer="relu6"))
-        self.features = nn.Sequential(*features)
+        self.features = FusedSequential(*features)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.last_channel, num_classes))
         mobilenet_init(self)
 
@@ -68,7 +70,8 @@ class MobileNetV2(nn.Module):
         return self.classifier(nn.functional.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
 
 
-class InvertedResidual(nn.Module):
+@known
+class InvertedResidual(Chained):
     """`mobilenet_fast.nn.InvertedResidual` without squeeze-and-excitation, under the keys of this network."""
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int) -> None:
@@ -85,5 +88,5 @@ class InvertedResidual(nn.Module):
         self.conv = FusedSequential(*layers)
         self.use_res_connect = stride == 1 and in_channels == out_channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x, x if self.use_res_connect else None)
+    def links(self) -> Links:
+        return Links([self.conv], self.use_res_connect)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..nn import ConvNormAct, InvertedResidual
+from ..nn import ConvNormAct, FusedSequential, InvertedResidual
 from .initialisation import mobilenet_init
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
@@ -144,7 +144,7 @@ class MobileNetV3(nn.Module):
             )
             channels = out_channels
         features.append(ConvNormAct(channels, 6 * channels, 1, norm_layer=norm_layer, activation_layer="hardswish"))
-        self.features = nn.Sequential(*features)
+        self.features = FusedSequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         hidden = make_divisible(last_channels * width_mult)
         self.classifier = nn.Sequential(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .depthwise import DepthwiseConv2d
 from .dispatch import activation_layer, known
-from .fusion import FusedSequential
+from .fusion import Chained, FusedSequential, Links
 from .pointwise import PointwiseConv2d
 from .squeeze_excite import SqueezeExcitation
 
@@ -98,7 +98,8 @@ class SeparableConv2d(nn.Module):
         return self.pointwise(self.depthwise(input))
 
 
-class InvertedResidual(nn.Module):
+@known
+class InvertedResidual(Chained):
     """Expansion, depthwise convolution, squeeze-and-excitation and projection, plus the input where shapes allow:
     `torchvision.models.mobilenetv3.InvertedResidual` with its keys, and arguments spelled out.
 
@@ -155,8 +156,8 @@ class InvertedResidual(nn.Module):
         self.use_res_connect = stride == 1 and in_channels == out_channels
         self.out_channels = out_channels
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.block(input, input if self.use_res_connect else None)
+    def links(self) -> Links:
+        return Links([self.block], self.use_res_connect)
 
 
 def _conv(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias) -> nn.Conv2d:

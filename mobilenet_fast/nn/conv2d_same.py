@@ -40,10 +40,15 @@ class Conv2dSame(nn.Conv2d):
             in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias, device=device, dtype=dtype
         )
 
-    def pad(self, input: Tensor) -> Tensor:
+    def same_padding(self, input: Tensor) -> tuple[int, int, int, int]:
+        """Rows above and below, columns left and right."""
         sizes = zip(input.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
-        top, left = (max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in sizes)
-        return F.pad(input, (left // 2, left - left // 2, top // 2, top - top // 2)) if top or left else input
+        rows, columns = (max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in sizes)
+        return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
+
+    def pad(self, input: Tensor) -> Tensor:
+        top, bottom, left, right = self.same_padding(input)
+        return F.pad(input, (left, right, top, bottom)) if bottom or right else input
 
     def forward(self, input: Tensor) -> Tensor:
         padded = self.pad(input)

@@ -36,6 +36,10 @@ def known(layer: type) -> type:
     return layer
 
 
+def is_known_type(kind: type) -> bool:
+    return kind in _KNOWN_TYPES
+
+
 def is_known(module: nn.Module, layer: type) -> bool:
     """Whether the module is of a known type derived from ``layer``, and no hook wants to see it called."""
     return type(module) in _KNOWN_TYPES and isinstance(module, layer) and unhooked(module)

@@ -1,173 +1,237 @@
-"""Runs of convolution, batch norm and activation as one kernel call each.
+"""Chains of modules run as few kernel calls.
 
-Nothing is prepared or kept: what may be fused is looked up at every call, so that changed parameters, hooks, modes and
-replaced children count from the next call on, and batch norm is folded into the weights anew. That costs some
-microseconds a run, less than the passes over the activations that it saves.
+A chain is planned once, from its structure: which modules there are, of which classes, with which attributes, modes and
+hooks. At every call the structure is compared with the plan's, in a third of a microsecond a module, and a plan that no
+longer holds is made anew; parameters and statistics are read at every call. So whatever is changed, in whatever way,
+counts from the next call on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import _C, functional
-from .batch_norm_act import uses_running_statistics
-from .conv2d_same import Conv2dSame
-from .depthwise import is_depthwise
-from .dispatch import activation_name, has_global_hooks, is_eager, is_known, known, takes_input, takes_operands
-from .pointwise import is_pointwise
+from ..functional import _PLAIN_TYPES
+from .dispatch import activation_of, has_global_hooks, is_eager, is_known_type, known, takes_input, unhooked
+from .steps import Shortcut, Step, make_step
+
+
+class Links(NamedTuple):
+    """What a chain runs: its modules in the order of use; whether what goes into the first is added in the end."""
+
+    modules: list[nn.Module]
+    adds_input: bool = False
+
+
+class Chained(nn.Module):
+    """A module that runs others one after another, as few kernel calls where that makes no other difference.
+
+    That is in eager mode where batch norm uses its running statistics and no gradient is needed, for float32 and
+    float64 CPU tensors, and with modules that have no hooks; everything else runs module by module. Chains in chains
+    become one, which works on channels_last tensors whatever it takes and gives.
+    """
+
+    def links(self) -> Links | None:
+        """Asked at every call; None if `plain_forward` is to run."""
+        raise NotImplementedError
+
+    def plain_forward(self, input):
+        modules, adds_input = self.links()
+        x = input
+        for module in modules:
+            x = module(x)
+        return x + input if adds_input else x
+
+    def forward(self, input):
+        if is_eager() and type(input) in _PLAIN_TYPES and not has_global_hooks():
+            links = self.links()
+            if links is not None:
+                plan = self.__dict__.get("_plan")
+                if plan is None or not plan.holds(links):
+                    plan = self.__dict__["_plan"] = Plan(links)
+                if plan.fuses:
+                    return plan(input)
+        return self.plain_forward(input)
 
 
 @known
-class FusedSequential(nn.Sequential):
+class FusedSequential(Chained, nn.Sequential):
     """An `nn.Sequential` that runs neighbouring convolution (depthwise or 1x1), batch norm and activation as one
-    kernel call.
+    kernel call, and whatever it finds of these in the `FusedSequential`s and blocks inside it.
 
     It does so in eager mode where batch norm uses its running statistics and no gradient is needed, for float32 and
-    float64 CPU tensors, and with modules that have no hooks; everything else runs child after child. ``forward(input,
-    residual)`` adds ``residual`` to the output, in the last kernel call if that is a 1x1 convolution.
+    float64 CPU tensors, and with modules that have no hooks; everything else runs child after child.
 
     Args:
         *args: as `nn.Sequential` takes them.
     """
 
-    def forward(self, input, residual: Tensor | None = None):
-        return run_chain(tuple(self._modules.values()), input, residual)
+    def links(self) -> Links:
+        return Links(list(self._modules.values()))
 
 
-def run_chain(modules: Sequence[nn.Module], x, residual: Tensor | None = None):
-    """``modules`` one after another on ``x``, plus ``residual``; fused where that makes no other difference."""
-    fuses = is_eager() and not has_global_hooks()
-    position, end = 0, len(modules)
-    while position < end:
-        run = _find_run(modules, position, x) if fuses else None
-        if run is None:
-            module = modules[position]
-            position += 1
-            if position == end and residual is not None and fuses and is_known(module, FusedSequential):
-                return module(x, residual)
-            x = module(x)
+class Plan:
+    """A chain's steps, and the structure that they were made for. Copies and pickles are None."""
+
+    def __init__(self, links: Links) -> None:
+        _keep_freed_memory()
+        self.links = links
+        self.watched: list[nn.Module] = []
+        self.states: list[dict] = []
+        self.hooked: list[nn.Module] = []
+        self.foreign: list[nn.Module] = []
+        self.parts = _parts(list(self._flatten(links.modules)))
+        if links.adds_input:
+            self.parts = [_whole(self.parts) or Shortcut(self.parts)]
+        self.kinds = list(map(type, self._seen()))
+        self.fuses = any(part.fuses for part in self.parts)
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def __call__(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+    def holds(self, links: Links) -> bool:
+        """Whether this is still the plan for a chain of these links."""
+        try:
+            return (
+                links == self.links
+                and list(map(type, self._seen())) == self.kinds
+                and list(map(vars, self.watched)) == self.states
+                and not any(map(unhooked, self.hooked))
+            )
+        except Exception:
+            # Someone's attributes that can't be compared, such as tensors.
+            return False
+
+    def _seen(self) -> list[nn.Module]:
+        return self.watched + self.hooked + self.foreign
+
+    def _watch(self, module: nn.Module) -> None:
+        """The plan holds while the module's attributes stay: each the same, children and hooks one by one."""
+        state = dict(vars(module))
+        for name in ("_modules", "_forward_hooks", "_forward_pre_hooks"):
+            state[name] = dict(state[name])
+        self.watched.append(module)
+        self.states.append(state)
+
+    def _flatten(self, modules: list[nn.Module]) -> Iterator[nn.Module | Shortcut]:
+        """The modules in the order of use, with those of chains in the place of the chains."""
+        for module in modules:
+            if not (is_known_type(type(module)) or activation_of(type(module)) is not None):
+                self.foreign.append(module)
+                yield module
+            elif not unhooked(module):
+                self.hooked.append(module)
+                yield module
+            elif isinstance(module, Chained):
+                yield from self._flatten_chain(module)
+            else:
+                for part in module.modules():
+                    self._watch(part)
+                if type(module) is not nn.Identity:
+                    yield module
+
+    def _flatten_chain(self, chain: Chained) -> Iterator[nn.Module | Shortcut]:
+        links = chain.links()
+        self._watch(chain)
+        for child in chain.children():
+            # What is not run may decide about the rest.
+            if links is None or child not in links.modules:
+                self._watch(child)
+        modules = [chain] if links is None else list(self._flatten(links.modules))
+        if links is None or not links.adds_input:
+            yield from modules
         else:
-            position = run.end
-            if position == end and residual is not None and run.adds(x, residual):
-                return run(x, residual)
-            x = run(x)
-    return x if residual is None else x + residual
+            # Among foreign modules a block is run by its own plan.
+            block = _whole(_parts(modules))
+            yield chain if block is None else block.steps[0]
 
 
-class _Run(NamedTuple):
-    """Neighbours in a chain, up to ``end``, that compute ``activation(norm(conv(x)))``, with their operands."""
+class _Segment(Step):
+    """Neighbouring steps on tensors that nobody else sees."""
 
-    conv: nn.Conv2d | None
-    weight: Tensor | None
-    bias: Tensor | None
-    norm: nn.BatchNorm2d | None
-    statistics: _Statistics | None
-    activation: str
-    end: int
+    def __init__(self, steps: list[Step]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.fuses = any(step.fuses for step in steps)
+        self.convs = [m for step in _unrolled(steps) for m in step.modules if isinstance(m, nn.Conv2d)]
+        self.converts = any(step.fuses and isinstance(step.modules[0], nn.Conv2d) for step in _unrolled(steps))
 
-    def adds(self, x: Tensor, residual: Tensor) -> bool:
-        """Whether the last kernel call can add the residual, which it does before the activation."""
-        return (
-            self.conv is not None
-            and is_pointwise(self.conv)
-            and self.activation == "none"
-            and takes_input(residual)
-            and takes_operands(x, (residual,))
-            and residual.shape == (x.size(0), self.weight.size(0), *x.shape[2:])
-        )
+    def plain(self, x, residual: Tensor | None = None):
+        y = x
+        for step in self.steps:
+            y = step.plain(y)
+        return y if residual is None else y + residual
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        conv, weight, bias, norm, statistics, activation, _ = self
-        if conv is None:
-            return _C.batch_norm_act(x, *statistics, norm.eps, activation)
-        # Folding passes over the weights and saves a pass over the output: not where the weights are the larger.
-        separate = norm is not None and weight.numel() * x.size(1) > x.numel() * weight.size(0)
-        if separate:
-            y = _convolve(conv, x, weight, bias, "none", None)
-            y = _C.batch_norm_act(y, *statistics, norm.eps, activation)
-            return y if residual is None else y.add_(residual)
-        if norm is not None:
-            weight, bias = _fold(weight, bias, statistics, norm.eps)
-        return _convolve(conv, x, weight, bias, activation, residual)
+    def __call__(self, x, residual: Tensor | None = None):
+        if not takes_input(x) or x.numel() == 0:
+            return self.plain(x, residual)
+        # The layout that F.conv2d gives is channels_last if any operand's is; inside, it always is.
+        stays = not self.converts or x.is_contiguous(memory_format=torch.channels_last) or torch.is_grad_enabled()
+        y = x if stays else x.contiguous(memory_format=torch.channels_last)
+        for step in self.steps:
+            y = step(y)
+        if not stays and not any(map(_suggests_channels_last, (x, *(conv.weight for conv in self.convs)))):
+            y = y.contiguous()
+        return y if residual is None else y + residual
 
 
-class _Statistics(NamedTuple):
-    """The operands of a batch norm, in the order of the kernel's arguments."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-def _find_run(modules: Sequence[nn.Module], start: int, x) -> _Run | None:
-    """The longest run of two or more modules at ``start`` that one kernel call can do for ``x``."""
-    conv = weight = bias = norm = statistics = None
-    activation = "none"
-    position, end = start, len(modules)
-    if not takes_input(x):
-        return None
-    module = modules[position]
-    # Parameters are read where they are kept: the attributes of nn.Module are slow.
-    if _is_conv(module):
-        conv, weight, bias = module, module._parameters["weight"], module._parameters["bias"]
-        position += 1
-        if position == end:
-            return None
+def _parts(modules: list[nn.Module | Shortcut]) -> list[Step]:
+    """Segments, and between them what a chain knows nothing about."""
+    parts: list[Step] = []
+    steps: list[Step] = []
+    position = 0
+    while position < len(modules):
         module = modules[position]
-    if is_known(module, nn.BatchNorm2d) and _keeps_parameters(module) and uses_running_statistics(module):
-        norm, buffers, parameters = module, module._buffers, module._parameters
-        statistics = _Statistics(
-            buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]
-        )
-        activation = getattr(norm, "activation", "none")
-        position += 1
-    if conv is norm is None or activation is None:
-        return None
-    while position < end and activation == "none" and (name := activation_name(modules[position])) is not None:
-        activation = name
-        position += 1
-    if position == start + 1 or not takes_operands(x, (weight, bias, *(statistics or ()))) or x.numel() == 0:
-        return None
-    return _Run(conv, weight, bias, norm, statistics, activation, position)
+        if isinstance(module, Shortcut):
+            step = module
+            position += 1
+        else:
+            step, position = make_step(modules, position)
+        if step is not None:
+            steps.append(step)
+            continue
+        if steps:
+            parts.append(_Segment(steps))
+            steps = []
+        parts.append(Step(module))
+    return [*parts, _Segment(steps)] if steps else parts
 
 
-def _is_conv(module: nn.Module) -> bool:
-    return (
-        is_known(module, nn.Conv2d)
-        and _keeps_parameters(module)
-        and module.padding_mode == "zeros"
-        and getattr(module, "activation", "none") == "none"
-        and (is_depthwise(module) or is_pointwise(module))
-    )
+def _whole(parts: list[Step]) -> _Segment | None:
+    """A block, which adds its input to what the parts give, if they are one segment."""
+    return _Segment([Shortcut(parts[0].steps)]) if len(parts) == 1 and isinstance(parts[0], _Segment) else None
 
 
-def _keeps_parameters(module: nn.Module) -> bool:
-    """Whether weight and bias are where nn.Module keeps them; some put plain tensors in their place."""
-    return "weight" in module._parameters and "bias" in module._parameters
+def _unrolled(steps: list[Step]) -> Iterator[Step]:
+    for step in steps:
+        if isinstance(step, Shortcut):
+            yield from _unrolled([*step.first, step.last])
+        else:
+            yield step
 
 
-def _convolve(
-    conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Tensor:
-    if is_pointwise(conv):
-        return _C.pointwise_conv2d(x, weight, bias, activation, None, residual)
-    if isinstance(conv, Conv2dSame):
-        x = conv.pad(x)
-    if isinstance(conv.padding, str):
-        return functional.depthwise_conv2d(x, weight, bias, 1, conv.padding, conv.dilation, activation=activation)
-    return _C.depthwise_conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, activation)
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Stops a forward from getting its memory anew from the system, page by page, which takes a quarter of its time.
+
+    glibc hands back the heap's free end when it exceeds twice the largest block that was ever freed, at most 32 MiB. So
+    one such block is freed; it is never touched, and elsewhere this does nothing.
+    """
+    torch.empty(2**25 - 2**13, dtype=torch.uint8)
 
 
-def _fold(weight: Tensor, bias: Tensor | None, norm: _Statistics, eps: float) -> tuple[Tensor, Tensor]:
-    """The convolution that does the batch norm as well: norm(w * x + b) = (s w) * x + s (b - mean) + beta."""
-    scale = (norm.running_var + eps).rsqrt_()
-    if norm.weight is not None:
-        scale.mul_(norm.weight)
-    centre = norm.running_mean if bias is None else norm.running_mean - bias
-    shift = -centre * scale if norm.bias is None else torch.addcmul(norm.bias, centre, scale, value=-1)
-    return weight * scale.view(-1, 1, 1, 1), shift
+def _suggests_channels_last(tensor: Tensor) -> bool:
+    """Whether ``suggest_memory_format`` of it is channels_last, which is strides alone."""
+    _, channels, height, width = tensor.shape
+    n, c, h, w = tensor.stride()
+    # Of a 1x1 image with one channel it is not.
+    return 0 < c and c * channels <= w and w * width <= h and c != h * height <= n

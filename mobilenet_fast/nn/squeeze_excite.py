@@ -7,10 +7,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .. import functional
-from .dispatch import activation_layer, activation_name, kernels_serve, unhooked
+from .dispatch import activation_layer, activation_name, kernels_serve, known, unhooked
 from .pointwise import is_plain_pointwise
 
 
+@known
 class SqueezeExcitation(nn.Module):
     """``input * scale_activation(fc2(activation(fc1(avgpool(input)))))``, with `torchvision.ops.SqueezeExcitation`'s
     constructor, attributes and state_dict.
@@ -52,20 +53,20 @@ class SqueezeExcitation(nn.Module):
         self.scale_activation = activation_layer(scale_activation)()
 
     def forward(self, input: Tensor) -> Tensor:
+        parts = self.kernel_parts()
+        if parts is not None:
+            fc1, squeeze, fc2, gate = parts
+            operands = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+            if kernels_serve(input, *operands):
+                return functional.squeeze_excite(input, *operands, squeeze_activation=squeeze, gate_activation=gate)
+        return self.plain_forward(input)
+
+    def kernel_parts(self) -> tuple[nn.Conv2d, str, nn.Conv2d, str] | None:
+        """Both convolutions, each with its activation's name, if a kernel may do their work."""
         fc1, activation, fc2, scale_activation = (getattr(self, name) for name in self.part_names)
         squeeze, gate = activation_name(activation), activation_name(scale_activation)
-        if (
-            squeeze is not None
-            and gate is not None
-            and self.pools_plainly()
-            and is_plain_pointwise(fc1)
-            and is_plain_pointwise(fc2)
-            and kernels_serve(input, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        ):
-            return functional.squeeze_excite(
-                input, fc1.weight, fc1.bias, fc2.weight, fc2.bias, squeeze_activation=squeeze, gate_activation=gate
-            )
-        return self.plain_forward(input)
+        serves = squeeze is not None and gate is not None and self.pools_plainly()
+        return (fc1, squeeze, fc2, gate) if serves and is_plain_pointwise(fc1) and is_plain_pointwise(fc2) else None
 
     def pools_plainly(self) -> bool:
         return type(self.avgpool) is nn.AdaptiveAvgPool2d and unhooked(self.avgpool)

@@ -1,0 +1,52 @@
+"""Inverted residual blocks as one step: see csrc/steps/inverted_residual.cpp."""
+
+from __future__ import annotations
+
+from .graph import Graph, Node
+from .passes import is_depthwise, is_pointwise, only_user
+
+
+def fuse_blocks(graph: Graph, cache_bytes: int) -> None:
+    """Expand → depthwise → project where the expanded tensor would leave the cache between the layers.
+
+    ``cache_bytes`` is the L2 cache of a core. On smaller maps the layers stay apart: there each thread takes a part of
+    the channels, and with them of the weights, while in a fused block each reads all weights for its rows.
+    """
+    users = graph.users()
+    for depthwise in graph.matches(is_depthwise):
+        # The means of a squeeze-excite need the whole depthwise output first.
+        averaged = any(user.op in ("global_avg_pool", "squeeze_excite") for user in users[depthwise])
+        expand, project = depthwise.inputs[0], only_user(graph, users, depthwise)
+        if not _is_plain(expand) or "residual" in expand.attrs or only_user(graph, users, expand) is not depthwise:
+            expand = None
+        if averaged or project is None or not _is_plain(project) or project.inputs[0] is not depthwise:
+            project = None
+        hidden = depthwise.inputs[0]
+        n, c, h, w = hidden.shape
+        if (expand is None and project is None) or c * h * w * hidden.dtype.itemsize < cache_bytes // 2:
+            continue
+        last = project or depthwise
+        x = expand.inputs[0] if expand is not None else hidden
+        block = Node(
+            "inverted_residual",
+            [x, *(project.inputs[1:] if project is not None else [])],
+            last.shape,
+            last.dtype,
+            {
+                "expand": expand and expand.attrs["weights"],
+                "depthwise": depthwise.attrs["weights"],
+                "project": project and project.attrs["weights"],
+                "activations": tuple(n.activation if n else "none" for n in (expand, depthwise, project)),
+                "hidden": c,
+                **{k: depthwise.attrs[k] for k in ("kernel", "stride", "padding", "dilation")},
+            },
+            last.name,
+        )
+        graph.nodes[graph.nodes.index(last)] = block
+        graph.replace(last, block)
+        graph.remove_dead()
+        users = graph.users()
+
+
+def _is_plain(node: Node) -> bool:
+    return node.op == "conv2d" and is_pointwise(node) and "gate" not in node.attrs
