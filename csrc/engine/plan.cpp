@@ -23,6 +23,17 @@ Buffer dense_buffer(void* data, const std::vector<int64_t>& shape) {
   return buffer;
 }
 
+// What the plan was made for, in memory of its own: anything else would be read out of bounds.
+void check_plan_input(const std::vector<at::Tensor>& inputs, const Value& value) {
+  TORCH_CHECK_VALUE(value.location < static_cast<int64_t>(inputs.size()), "accelerate: the plan takes more than ",
+                    inputs.size(), " inputs");
+  const at::Tensor& input = inputs[value.location];
+  TORCH_CHECK_VALUE(input.defined() && input.device().is_cpu() && input.layout() == at::kStrided &&
+                        input.has_storage() && input.sizes() == at::IntArrayRef(value.shape),
+                    "accelerate: the plan takes a dense CPU tensor of shape ", shape_string(value.shape), ", got ",
+                    input.toString(), " of shape ", shape_string(input.sizes()));
+}
+
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // `seconds`, where given, takes the time of each step, from barrier to barrier.
@@ -188,6 +199,7 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
     if (value.storage == Storage::kArena) {
       buffers[i] = dense_buffer(memory + value.location, value.shape);
     } else if (value.storage == Storage::kInput) {
+      check_plan_input(inputs, value);
       const at::Tensor input = inputs[value.location].resolve_neg();  // memory that holds the numbers themselves
       tensors[i] = value.any_strides ? input : input.contiguous(engine_format(value.shape.size()));
       buffers[i] = buffer_with_strides(tensors[i]);
