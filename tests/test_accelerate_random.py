@@ -14,6 +14,8 @@ from mobilenet_fast.accelerate import module as accelerate_module
 @pytest.mark.parametrize("seed", range(10))
 def test_random_networks(isa, threads, monkeypatch, seed):
     monkeypatch.setattr(_C, "cpu_isa", lambda: isa)
+    if seed % 2:  # blocks run as one step however small they are
+        monkeypatch.setattr(_C, "l2_cache_bytes", lambda: 0)
     model = RandomNetwork(seed)
     n, c, h, w = model.input_shape
     x = torch.randn(n, c, h, 2 * w)[..., ::2] if seed % 3 else torch.randn(n, c, h, w)

@@ -19,6 +19,7 @@ from .passes import optimise
 from .plan import PackedWeights, Plan, Report, build
 
 _MAX_PLANS = 64
+_capture_lock = threading.RLock()  # torch.export runs once at a time in a process
 
 
 @dataclass
@@ -74,7 +75,7 @@ class AcceleratedModule(nn.Module):
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if _is_traced():
             return self._model(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return self._run_uncompiled(args, kwargs)
@@ -116,7 +117,8 @@ class AcceleratedModule(nn.Module):
         capture = next((c for c in self._captures if c.spec == spec and c.serves(leaves)), None)
         known = capture is not None
         if not known:
-            capture = _capture(_frozen_copy(self._model), args, kwargs)
+            with _capture_lock:
+                capture = _capture(_frozen_copy(self._model), args, kwargs)
         plan = build(optimise(capture.lower(leaves, _state(self._model))), self._packed, _C.cpu_isa())
         if self.strict and plan.report.fallbacks:
             rows = "; ".join(f"{row.name}: {row.fallback}" for row in plan.report.fallbacks)
@@ -141,6 +143,8 @@ class AcceleratedModule(nn.Module):
                 raise ValueError(f"{what} must be on the CPU, got {leaf.device}")
             if leaf.layout != torch.strided:
                 raise ValueError(f"{what} must be strided, got {leaf.layout}")
+            if type(leaf).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+                raise TypeError(f"{what} must be a plain tensor, got {type(leaf).__name__}")
             if examples is None or examples[i] is None:
                 continue
             shape, dtype = examples[i]
@@ -311,7 +315,8 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
     """
     zeros, zero_kwargs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (args, kwargs))
     try:
-        model(*zeros, **zero_kwargs)
+        with torch.random.fork_rng(devices=()):
+            model(*zeros, **zero_kwargs)
     except Exception as error:
         dtypes = {tensor.dtype for tensor in _state(model).values() if tensor.is_floating_point()}
         for leaf in pytree.tree_leaves((args, kwargs)):
@@ -326,9 +331,18 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
         raise NotImplementedError(f"accelerate: {what} cannot be captured: {why}") from error
 
 
+def _is_traced() -> bool:
+    """Whether someone wants to see the operations, or calls with tensors that hold no numbers."""
+    return (
+        torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return (leaf.shape, leaf.dtype, leaf.is_cpu, leaf.layout)
+        return (leaf.shape, leaf.dtype, leaf.is_cpu, leaf.layout, type(leaf))
     if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
         return (type(leaf), repr(leaf))  # repr tells -0.0 from 0.0, and finds NaN again
     raise TypeError(f"accelerate: inputs must be tensors, numbers or strings, got {type(leaf).__name__}")
