@@ -25,6 +25,8 @@ def _import_compiled():
     except ModuleNotFoundError:
         raise ImportError(missing) from None
     except ImportError as error:
+        if str(error).startswith("MOBILENET_FAST_ISA"):
+            raise ImportError(f"mobilenet_fast: {error}") from None
         raise ImportError(f"mobilenet_fast: its compiled part does not load ({error}): {rebuild}") from None
     try:
         compiled.cpu_isa()

@@ -258,10 +258,9 @@ def test_a_float64_model_stays_float64(model, x):
         fast.float()
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_of_a_larger_model_sees_plain_operations(larger, x, strict):
+def test_export_of_a_larger_model_sees_plain_operations(larger, x):
     plain, fast = larger
-    program = torch.export.export(fast, (x,), strict=strict)
+    program = torch.export.export(fast, (x,))
     operations = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert operations and all(name.startswith("aten.") for name in operations)
     torch.testing.assert_close(program.module()(x), plain(x))
@@ -414,10 +413,6 @@ def test_models_that_are_refused(model, x):
         accelerate(partly)
     with pytest.raises(ValueError, match="^accelerate: model must be on the CPU, got '0.weight' on meta$"):
         accelerate(copy.deepcopy(model).to("meta"))
-    weird = copy.deepcopy(model)
-    weird.lock = threading.Lock()
-    with pytest.raises(ValueError, match="^accelerate: Sequential cannot be copied: cannot pickle '_thread.lock' object$"):
-        accelerate(weird)
     groups = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.ReLU()).eval()
     message = "^accelerate: strict=True allows no step through ATen, got conv2d: a grouped convolution"
     with pytest.raises(NotImplementedError, match=message):

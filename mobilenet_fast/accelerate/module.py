@@ -75,11 +75,10 @@ class AcceleratedModule(nn.Module):
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            run = self._model if torch.compiler.is_exporting() else self._run_uncompiled
-            return run(*args, **kwargs)
         if _is_traced():
             return self._model(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return self._run_uncompiled(args, kwargs)
         return self._run(args, kwargs)
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -90,9 +89,7 @@ class AcceleratedModule(nn.Module):
                 return entry.plan.run(tensors)
         return entry.plan.run(tensors)
 
-    @torch.compiler.disable
-    def _run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(args, kwargs)
+    _run_uncompiled = torch.compiler.disable(_run)
 
     def _plan(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], _Entry]:
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
@@ -273,8 +270,8 @@ def accelerate(
 
     Raises:
         TypeError: ``model`` is no module; at a call, an input is of another dtype than the model takes.
-        ValueError: the model is in training mode, cannot be copied, or is not on the CPU; at a call, an input is on
-            another device, or has another rank or channel count than the model takes.
+        ValueError: the model is in training mode, or not on the CPU; at a call, an input is on another device, or has
+            another rank or channel count than the model takes.
         NotImplementedError: ``torch.export`` cannot capture the model, or the model changes its own weights.
         RuntimeError: at a call with gradients enabled, an input requires grad.
     """
@@ -308,11 +305,8 @@ def load(path: str | os.PathLike) -> AcceleratedModule:
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
-    try:
-        with torch.inference_mode(False):  # tensors made under it could not be captured
-            return copy.deepcopy(model).eval().requires_grad_(False)
-    except Exception as error:
-        raise ValueError(f"accelerate: {type(model).__name__} cannot be copied: {_first_line(error)}") from error
+    with torch.inference_mode(False):  # tensors made under it could not be captured
+        return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
@@ -338,12 +332,11 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
 
 
 def _is_traced() -> bool:
-    """Whether this thread's caller wants to see the operations, or has tensors that hold no numbers."""
+    """Whether someone wants to see the operations, or calls with tensors that hold no numbers."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_exporting()
         or torch._C._get_tracing_state() is not None
-        # The flag is one for all threads, the stack is not.
-        or (torch.compiler.is_exporting() and torch._C._len_torch_function_stack() > 0)
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
