@@ -94,7 +94,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     for (Isa isa : available_isas()) names.push_back(isa_name(isa));
     return names;
   });
-  m.def("vector_lanes", [](const std::string& isa) { return kernels<float>(choose_isa("vector_lanes", isa)).lanes; });
 
   m.def("depthwise_conv2d", &depthwise_conv2d, py::arg("input"), py::arg("weight"), py::arg("bias") = py::none(),
         py::arg("stride") = std::vector<int64_t>{1, 1}, py::arg("padding") = std::vector<int64_t>{0, 0},

@@ -50,8 +50,6 @@ class Plan {
   std::vector<double> profile(const std::vector<at::Tensor>& inputs);
 
   at::ScalarType dtype() const { return dtype_; }
-  int64_t arena_bytes() const { return arena_bytes_; }
-  int64_t value_count() const { return static_cast<int64_t>(values_.size()); }
   std::vector<std::string> describe() const;
 
  private:

@@ -4,7 +4,6 @@
 #include <ATen/ATen.h>
 
 #include <string>
-#include <tuple>
 
 #include "engine/step.h"
 #include "kernels/registry.h"
@@ -52,11 +51,6 @@ auto dispatch(at::ScalarType dtype, const Body& body) {
   return dtype == at::kDouble ? body(double{}) : body(float{});
 }
 
-template <class T>
-constexpr at::ScalarType scalar_type() {
-  return std::is_same_v<T, double> ? at::kDouble : at::kFloat;
-}
-
 // Threads that an elementwise pass over so many elements is worth.
 inline int64_t elementwise_threads(int64_t elements) { return elements / (16 * 1024); }
 
@@ -64,10 +58,11 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 
 // A convolution's weight and bias as the GEMM kernel reads them (see GemmArgs): the bias padded to whole vectors, then
 // the panels. `weight` is (K, C, kH, kW); the depth runs over kH, kW, C. One layout serves every input shape. Output
-// channels are multiplied by `scale`, where given.
-// The result lies in `scratch`, where given, and is good until that is used again.
+// channels are multiplied by `scale`, where given. Where packs_planes(C, taps), the panels follow once more with a depth
+// over C, kH, kW. The result lies in `scratch`, where given, and is good until that is used again.
 at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa,
                        Scratch* scratch = nullptr);
+// Whether a convolution reads a contiguous image plane by plane: few channels and more than one tap.
 constexpr bool packs_planes(int64_t channels, int64_t taps) { return channels <= 4 && taps > 1; }
 // A depthwise convolution's: the bias, then the taps, each padded to whole vectors. `weight` is (C, 1, kH, kW).
 at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,

@@ -270,15 +270,17 @@ def accelerate(
 
     Raises:
         TypeError: ``model`` is no module; at a call, an input is of another dtype than the model takes.
-        ValueError: the model is in training mode, or not on the CPU; at a call, an input is on another device, or has
-            another rank or channel count than the model takes.
+        ValueError: the model is in training mode, cannot be copied, or is not on the CPU; at a call, an input is on
+            another device, or has another rank or channel count than the model takes.
         NotImplementedError: ``torch.export`` cannot capture the model, or the model changes its own weights.
         RuntimeError: at a call with gradients enabled, an input requires grad.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be an nn.Module, got {type(model).__name__}")
+    # What torch.export made refuses eval() by a method of its own: its mode was settled then, whatever its flags say.
+    exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
     for name, module in model.named_modules():
-        if module.training:
+        if module.training and not exported:
             where = f"its '{name}' is" if name else "it is"
             raise ValueError(f"accelerate: model must be in evaluation mode, but {where} in training mode; call eval()")
     for name, tensor in _state(model).items():
@@ -306,7 +308,11 @@ def load(path: str | os.PathLike) -> AcceleratedModule:
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
     with torch.inference_mode(False):  # tensors made under it could not be captured
-        return copy.deepcopy(model).eval().requires_grad_(False)
+        try:
+            clone = copy.deepcopy(model)
+        except Exception as error:
+            raise ValueError(f"accelerate: {type(model).__name__} cannot be copied: {_first_line(error)}") from error
+        return clone.eval().requires_grad_(False)
 
 
 def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
