@@ -111,18 +111,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   const auto isa_of = [](const std::string& name) { return choose_isa("Plan", name); };
   const auto act_of = [](const std::string& name) { return parse_activation("Plan", name); };
+  py::class_<NetworkWeights>(m, "NetworkWeights").def(py::init<>());
   m.def(
       "pack_conv2d",
-      [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa) {
-        return pack_conv2d(weight, bias, std::nullopt, isa_of(isa));
+      [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa, NetworkWeights& memory) {
+        return pack_conv2d(weight, bias, std::nullopt, isa_of(isa), memory);
       },
-      py::arg("weight"), py::arg("bias"), py::arg("isa"));
+      py::arg("weight"), py::arg("bias"), py::arg("isa"), py::arg("memory"));
   m.def(
       "pack_depthwise_conv2d",
-      [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa) {
-        return pack_depthwise_conv2d(weight, bias, std::nullopt, isa_of(isa));
+      [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa, NetworkWeights& memory) {
+        return pack_depthwise_conv2d(weight, bias, std::nullopt, isa_of(isa), memory);
       },
-      py::arg("weight"), py::arg("bias"), py::arg("isa"));
+      py::arg("weight"), py::arg("bias"), py::arg("isa"), py::arg("memory"));
   m.def(
       "fold_batch_norm",
       [](const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -203,15 +204,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("x"), py::arg("y"), py::arg("sums"), py::arg("residual"))
       .def(
           "add_squeeze_excite",
-          [=](Plan& plan, const std::string& isa, Quad x_shape, const at::Tensor& weight1, const OptionalTensor& bias1,
-              const at::Tensor& weight2, const OptionalTensor& bias2, const std::string& squeeze_activation,
-              const std::string& gate_activation, int x, int sums, int64_t parts, int gate) {
-            plan.add(make_squeeze_excite(isa_of(isa), image_shape(x_shape),
-                                         {weight1, bias1, act_of(squeeze_activation)},
-                                         {weight2, bias2, act_of(gate_activation)}, x, sums, parts, gate));
+          [=](Plan& plan, const std::string& isa, Quad x_shape, int64_t squeeze_channels, const at::Tensor& packed1,
+              const at::Tensor& packed2, const std::string& squeeze_activation, const std::string& gate_activation,
+              int x, int sums, int64_t parts, int gate) {
+            const ImageShape shape = image_shape(x_shape);
+            plan.add(make_squeeze_excite(
+                isa_of(isa), shape,
+                {packed1, std::nullopt, act_of(squeeze_activation), shape.c, squeeze_channels, true},
+                {packed2, std::nullopt, act_of(gate_activation), squeeze_channels, shape.c, true}, x, sums, parts,
+                gate));
           },
-          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("weight1"), py::arg("bias1"), py::arg("weight2"),
-          py::arg("bias2"), py::arg("squeeze_activation"), py::arg("gate_activation"), py::arg("x"), py::arg("sums"),
+          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("squeeze_channels"), py::arg("packed1"),
+          py::arg("packed2"), py::arg("squeeze_activation"), py::arg("gate_activation"), py::arg("x"), py::arg("sums"),
           py::arg("parts"), py::arg("gate"))
       .def(
           "add_global_avg_pool",

@@ -81,6 +81,34 @@ inline typename Vec<T>::Reg activate(Activation activation, typename Vec<T>::Reg
   return V::div(activation == Activation::kSilu ? x : V::set1(1), sigmoid_denominator);
 }
 
+template <class T, Activation kActivation, int kRows, int kColumns>
+[[gnu::always_inline]] inline void activate_accumulators_as(typename Vec<T>::Reg (&acc)[kRows][kColumns]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; ++j) acc[i][j] = activate_cheap<T>(kActivation, acc[i][j]);
+  }
+}
+
+// A tile in registers, if the activation is cheap. Loops over accumulators are unrolled whole, here and elsewhere: one
+// index that is no constant, and the compiler keeps the tile in memory.
+template <class T, int kRows, int kColumns>
+[[gnu::always_inline]] inline void activate_accumulators(Activation activation,
+                                                         typename Vec<T>::Reg (&acc)[kRows][kColumns]) {
+  switch (activation) {
+    case Activation::kRelu:
+      return activate_accumulators_as<T, Activation::kRelu>(acc);
+    case Activation::kRelu6:
+      return activate_accumulators_as<T, Activation::kRelu6>(acc);
+    case Activation::kHardswish:
+      return activate_accumulators_as<T, Activation::kHardswish>(acc);
+    case Activation::kHardsigmoid:
+      return activate_accumulators_as<T, Activation::kHardsigmoid>(acc);
+    default:
+      return;
+  }
+}
+
 // rows × columns elements at p, in place.
 template <class T>
 void activate_tile(Activation activation, T* p, int64_t stride, int64_t rows, int64_t columns) {

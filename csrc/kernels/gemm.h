@@ -22,15 +22,6 @@ struct GemmShape {
   }
 };
 
-template <class T, Activation kActivation, int kRows, int kVectors>
-[[gnu::always_inline]] inline void activate_accumulators(typename Vec<T>::Reg (&acc)[kRows][kVectors]) {
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) acc[i][j] = activate_cheap<T>(kActivation, acc[i][j]);
-  }
-}
-
 // One k: kVectors weights from the panel against one input of each row.
 template <class T, int kRows, int kVectors>
 [[gnu::always_inline]] inline void multiply_row(const T* a, int64_t a_stride, const T* weight,
@@ -49,7 +40,7 @@ template <class T, int kRows, int kVectors>
 
 template <class T, int kRows, int kVectors>
 void gemm_tile(const GemmArgs<T>& g, const T* a, const T* weight, int64_t column, const T* residual, T* out,
-               int last_lanes, const char* next, int64_t next_step) {
+               int last_lanes) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   const int64_t a_stride = g.a_stride;
@@ -67,8 +58,7 @@ void gemm_tile(const GemmArgs<T>& g, const T* a, const T* weight, int64_t column
   } else {
     for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
       const T* ak = a + g.chunk_offset[chunk];
-      for (int64_t k = 0; k < g.chunk_length; ++k, ++ak, weight += kVectors * kLanes, next += next_step) {
-        __builtin_prefetch(next, 0, 2);
+      for (int64_t k = 0; k < g.chunk_length; ++k, ++ak, weight += kVectors * kLanes) {
         multiply_row<T>(ak, a_stride, weight, acc);
       }
     }
@@ -84,22 +74,7 @@ void gemm_tile(const GemmArgs<T>& g, const T* a, const T* weight, int64_t column
       }
     }
   }
-  switch (g.activation) {
-    case Activation::kRelu:
-      activate_accumulators<T, Activation::kRelu>(acc);
-      break;
-    case Activation::kRelu6:
-      activate_accumulators<T, Activation::kRelu6>(acc);
-      break;
-    case Activation::kHardswish:
-      activate_accumulators<T, Activation::kHardswish>(acc);
-      break;
-    case Activation::kHardsigmoid:
-      activate_accumulators<T, Activation::kHardsigmoid>(acc);
-      break;
-    default:
-      break;
-  }
+  activate_accumulators<T>(g.activation, acc);
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -118,7 +93,7 @@ void gemm_tile(const GemmArgs<T>& g, const T* a, const T* weight, int64_t column
 }
 
 template <class T>
-using GemmTile = void (*)(const GemmArgs<T>&, const T*, const T*, int64_t, const T*, T*, int, const char*, int64_t);
+using GemmTile = void (*)(const GemmArgs<T>&, const T*, const T*, int64_t, const T*, T*, int);
 
 template <class T, int kVectors, int kRows>
 GemmTile<T> select_gemm_rows(int rows) {
@@ -162,20 +137,12 @@ void gemm(const GemmArgs<T>& g) {
       const GemmTile<T> low_tile = select_gemm_tile<T>(panel_vectors, low);
       const GemmTile<T> high_tile = rows % tiles == 0 ? low_tile : select_gemm_tile<T>(panel_vectors, low + 1);
       const int64_t high_tiles = rows % tiles;
-      // While this panel computes, the next one is fetched, a little with each k, so that weights streamed from memory
-      // for few rows are there in time.
-      const char* next = reinterpret_cast<const char*>(weight);
-      int64_t next_step = 0;
-      if (p + 1 < g.panel_end && tiles > 1) {
-        next += panel_vectors * kLanes * depth * sizeof(T);
-        next_step = panel_vectors * kLanes * static_cast<int64_t>(sizeof(T)) / tiles;
-      }
       int64_t row = block;
-      for (int64_t t = 0; t < tiles; ++t, next += next_step * depth) {
+      for (int64_t t = 0; t < tiles; ++t) {
         const bool high = t < high_tiles;
         const T* residual = g.residual == nullptr ? nullptr : g.residual + row * g.residual_stride + column;
         (high ? high_tile : low_tile)(g, g.a + row * g.a_stride, weight, column, residual,
-                                      g.out + row * g.out_stride + column, last_lanes, next, next_step);
+                                      g.out + row * g.out_stride + column, last_lanes);
         row += high ? low + 1 : low;
       }
     }

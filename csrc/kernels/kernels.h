@@ -39,8 +39,10 @@ struct GemmArgs {
 };
 
 // Output rows [row_begin, row_end) of one image and one range of channels. The weight is stored tap by tap,
-// `tap_stride` elements apart. Where `sums` is given, the sum of the outputs over the rows of this call is added to it,
-// per channel.
+// `tap_stride` elements apart. Where `sums` is given, the outputs of each kDepthwiseSumRows rows from row_begin on are
+// added up per channel into its rows, `sums_stride` elements apart, which hold zeros before.
+inline constexpr int kDepthwiseSumRows = 2;
+
 template <class T>
 struct DepthwiseArgs {
   const T* x;
@@ -53,6 +55,7 @@ struct DepthwiseArgs {
   int64_t channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   T* sums;
+  int64_t sums_stride;
   Activation activation;
 };
 

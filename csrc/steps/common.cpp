@@ -107,11 +107,16 @@ OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
-at::Tensor packed_memory(int64_t elements, const at::Tensor& weight, Scratch* scratch) {
-  const at::TensorOptions options = weight.options().requires_grad(false);
-  if (scratch == nullptr) return at::empty({elements}, options);
-  return at::from_blob(scratch->at_least(static_cast<size_t>(elements) * weight.element_size()), {elements}, options);
-}
+class CallWeights final : public WeightMemory {
+ public:
+  at::Tensor take(int64_t elements, const at::Tensor& like) override {
+    char* memory = scratch_.at_least(static_cast<size_t>(elements) * like.element_size());
+    return at::from_blob(memory, {elements}, like.options().requires_grad(false));
+  }
+
+ private:
+  Scratch scratch_;
+};
 
 template <class T>
 void pack_bias(const OptionalTensor& bias, int64_t columns, int64_t padded, T* out) {
@@ -121,14 +126,14 @@ void pack_bias(const OptionalTensor& bias, int64_t columns, int64_t padded, T* o
 
 template <class T>
 at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa,
-                          Scratch* scratch) {
+                          WeightMemory& memory) {
   const Kernels<T>& k = kernels<T>(isa);
   const int64_t columns = weight.size(0), depth = weight.numel() / columns;
   const int64_t vectors = (columns + k.lanes - 1) / k.lanes, panels = panel_count(vectors, k.panel_vectors);
   const int64_t padded = vectors * k.lanes;
   const int64_t taps = weight.size(2) * weight.size(3);
   const bool planes = packs_planes(weight.size(1), taps);
-  at::Tensor packed = packed_memory(padded * (1 + depth * (planes ? 2 : 1)), weight, scratch);
+  at::Tensor packed = memory.take(padded * (1 + depth * (planes ? 2 : 1)), weight);
   T* out = packed.data_ptr<T>();
   pack_bias(bias, columns, padded, out);
   const OptionalTensor factors = dense(scale);
@@ -152,11 +157,11 @@ at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, 
 
 template <class T>
 at::Tensor pack_depthwise_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-                                    Isa isa, Scratch* scratch) {
+                                    Isa isa, WeightMemory& memory) {
   const Kernels<T>& k = kernels<T>(isa);
   const int64_t channels = weight.size(0), taps = weight.numel() / channels;
   const int64_t padded = round_up(channels, k.lanes);
-  at::Tensor packed = packed_memory(padded * (1 + taps), weight, scratch);
+  at::Tensor packed = memory.take(padded * (1 + taps), weight);
   T* out = packed.data_ptr<T>();
   pack_bias(bias, channels, padded, out);
   const OptionalTensor factors = dense(scale);
@@ -181,21 +186,35 @@ at::Tensor fold_batch_norm_as(const at::Tensor& mean, const at::Tensor& var, con
 
 }  // namespace
 
-Scratch& packing_scratch() {
-  thread_local Scratch scratch;
-  return scratch;
+at::Tensor NetworkWeights::take(int64_t elements, const at::Tensor& like) {
+  constexpr size_t kChunk = size_t{8} << 20;
+  const size_t bytes = static_cast<size_t>(round_up(elements * static_cast<int64_t>(like.element_size()), 64));
+  if (used_ + bytes > size_) {
+    size_ = std::max(bytes, kChunk);
+    chunk_ = std::shared_ptr<char>(allocate(size_).release(), FreeDeleter());
+    used_ = 0;
+  }
+  char* data = chunk_.get() + used_;
+  used_ += bytes;
+  const auto keep = [chunk = chunk_](void*) {};
+  return at::from_blob(data, {elements}, keep, like.options().requires_grad(false));
+}
+
+WeightMemory& call_weights() {
+  thread_local CallWeights weights;
+  return weights;
 }
 
 at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, Isa isa,
-                       Scratch* scratch) {
+                       WeightMemory& memory) {
   return dispatch(weight.scalar_type(),
-                  [&](auto zero) { return pack_conv2d_as<decltype(zero)>(weight, bias, scale, isa, scratch); });
+                  [&](auto zero) { return pack_conv2d_as<decltype(zero)>(weight, bias, scale, isa, memory); });
 }
 
 at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-                                 Isa isa, Scratch* scratch) {
+                                 Isa isa, WeightMemory& memory) {
   return dispatch(weight.scalar_type(), [&](auto zero) {
-    return pack_depthwise_conv2d_as<decltype(zero)>(weight, bias, scale, isa, scratch);
+    return pack_depthwise_conv2d_as<decltype(zero)>(weight, bias, scale, isa, memory);
   });
 }
 

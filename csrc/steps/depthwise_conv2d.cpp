@@ -2,10 +2,7 @@
 
 namespace mobilenet_fast {
 
-// Sums of the outputs are kept per strip of about two rows, whoever computes them, so that they do not depend on the
-// number of threads.
-constexpr int64_t kStripRows = 2;
-int64_t depthwise_sum_parts(int64_t out_height) { return (out_height + kStripRows - 1) / kStripRows; }
+int64_t depthwise_sum_parts(int64_t out_height) { return (out_height + kDepthwiseSumRows - 1) / kDepthwiseSumRows; }
 
 namespace {
 
@@ -27,7 +24,8 @@ class DepthwiseConv2d final : public Step {
   void run(const Work& work) const override {
     const int64_t channels = y_shape_.c, lanes = kernels_.lanes;
     const int64_t vectors = (channels + lanes - 1) / lanes;
-    const int64_t strips = sums_ < 0 ? y_shape_.h : depthwise_sum_parts(y_shape_.h);
+    // Whole tiles of rows, and sums that do not depend on who computes them.
+    const int64_t strips = depthwise_sum_parts(y_shape_.h);
     Range unit_range, vector_range;
     work.team.share(y_shape_.n * strips, vectors, &unit_range, &vector_range);
     if (unit_range.size() == 0 || vector_range.size() == 0) return;
@@ -58,17 +56,17 @@ class DepthwiseConv2d final : public Step {
     const T* x = work.buffer<T>(x_) + channel;
     T* y = work.buffer<T>(y_) + channel;
     T* sums = work.buffer<T>(sums_);
+    args.sums_stride = channels;
     for (int64_t unit = unit_range.begin; unit < unit_range.end;) {
       const int64_t image = unit / strips, strip = unit % strips;
-      // Without sums a run of strips of one image is one call.
-      const int64_t last = sums == nullptr ? std::min(unit_range.end - image * strips, strips) : strip + 1;
+      const int64_t last = std::min(unit_range.end - image * strips, strips);
       args.x = x + image * x_shape_.pixels() * x_shape_.c;
       args.y = y + image * y_shape_.pixels() * channels;
-      args.row_begin = y_shape_.h * strip / strips;
-      args.row_end = y_shape_.h * last / strips;
+      args.row_begin = strip * kDepthwiseSumRows;
+      args.row_end = std::min(last * kDepthwiseSumRows, y_shape_.h);
       if (sums != nullptr) {
         args.sums = sums + unit * channels + channel;
-        std::fill_n(args.sums, args.channels, T(0));
+        for (int64_t s = 0; s < last - strip; ++s) std::fill_n(args.sums + s * channels, args.channels, T(0));
       }
       kernels_.depthwise_conv2d(args);
       unit += last - strip;
@@ -142,7 +140,7 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
   Output y({n, k, out_h, out_w}, input.options(), conv_memory_format(input, weight));
   // A channel multiplier repeats each input channel, so that input and output channels correspond.
   const at::Tensor x = as_channels_last(k == c ? input : input.repeat_interleave(k / c, 1));
-  const at::Tensor packed = pack_depthwise_conv2d(weight, bias, scale, chosen, &packing_scratch());
+  const at::Tensor packed = pack_depthwise_conv2d(weight, bias, scale, chosen, call_weights());
   const Window window{weight.size(2), weight.size(3), stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w};
   run_step(*make_depthwise_conv2d(chosen, {n, h, w, k}, {n, out_h, out_w, k}, packed, window, act, 0, 1, -1),
            {buffer_of(x), buffer_of(y.dense())});

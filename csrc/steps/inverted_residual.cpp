@@ -15,26 +15,22 @@ class InvertedResidual final : public Step {
  public:
   InvertedResidual(Isa isa, const InvertedResidualSpec& spec)
       : kernels_(kernels<T>(isa)), spec_(spec), x_(spec.x_shape), y_(spec.y_shape), hidden_(spec.hidden_channels) {
-    if (spec_.sums >= 0) {  // a strip a part of the sums
-      strip_rows_ = (y_.h + depthwise_sum_parts(y_.h) - 1) / depthwise_sum_parts(y_.h);
-    } else {  // as many rows as keep the scratch in half of the L2 cache
-      const int64_t most = l2_cache_bytes() / 2 / static_cast<int64_t>(sizeof(T));
-      strip_rows_ = y_.h;
-      while (strip_rows_ > 1 && scratch_elements(strip_rows_) > most) --strip_rows_;
-    }
+    // As many rows as keep the scratch in half of the L2 cache, in whole tiles of the depthwise kernel.
+    const int64_t most = l2_cache_bytes() / 2 / static_cast<int64_t>(sizeof(T));
+    strip_rows_ = round_up(y_.h, kDepthwiseSumRows);
+    while (strip_rows_ > kDepthwiseSumRows && scratch_elements(strip_rows_) > most) strip_rows_ -= kDepthwiseSumRows;
   }
 
   void run(const Work& work) const override {
-    const int64_t strips = spec_.sums >= 0 ? depthwise_sum_parts(y_.h) : y_.h;
+    const int64_t strips = depthwise_sum_parts(y_.h), strip_units = strip_rows_ / kDepthwiseSumRows;
     const Range range = work.team.share(y_.n * strips);
     T* expanded = reinterpret_cast<T*>(work.thread_scratch);
     T* filtered = expanded + expanded_elements(strip_rows_);
     int64_t held_image = -1, held_begin = 0, held_end = 0;  // expanded input rows in scratch
     for (int64_t unit = range.begin; unit < range.end;) {
       const int64_t image = unit / strips, strip = unit % strips;
-      const int64_t last =
-          spec_.sums >= 0 ? strip + 1 : std::min({strip + strip_rows_, strips, range.end - image * strips});
-      const Range rows = {y_.h * strip / strips, y_.h * last / strips};
+      const int64_t last = std::min({strip + strip_units, strips, range.end - image * strips});
+      const Range rows = {strip * kDepthwiseSumRows, std::min(last * kDepthwiseSumRows, y_.h)};
       const Window& w = spec_.window;
       const int64_t begin = std::clamp<int64_t>(rows.begin * w.stride_h - w.pad_top, 0, x_.h);
       const int64_t end = std::clamp<int64_t>(
@@ -136,7 +132,8 @@ class InvertedResidual final : public Step {
     args.dilation_w = w.dilation_w;
     args.activation = spec_.depthwise_activation;
     args.sums = sums;
-    if (sums != nullptr) std::fill_n(sums, hidden_, T(0));
+    args.sums_stride = hidden_;
+    if (sums != nullptr) std::fill_n(sums, depthwise_sum_parts(rows.size()) * hidden_, T(0));
     kernels_.depthwise_conv2d(args);
   }
 

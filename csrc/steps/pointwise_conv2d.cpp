@@ -179,7 +179,7 @@ at::Tensor pointwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
     });
     return y.finish();
   }
-  const at::Tensor packed = pack_conv2d(weight, bias, scale, chosen, &packing_scratch());
+  const at::Tensor packed = pack_conv2d(weight, bias, scale, chosen, call_weights());
   std::vector<Buffer> buffers = {buffer_of(x), buffer_of(y.dense())};
   at::Tensor gate_dense, residual_dense;
   int gate_index = -1, residual_index = -1;

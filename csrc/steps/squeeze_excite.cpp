@@ -29,7 +29,26 @@ void channel_means(const Kernels<T>& kernels, const Team& team, ImageShape shape
 // One row an image through a fully connected layer: this thread's share of the outputs.
 template <class T>
 void run_layer(const Kernels<T>& kernels, const Team& team, const T* x, int64_t images, const Layer& layer, T* y) {
-  const int64_t out_channels = layer.weight.size(0), channels = layer.weight.size(1);
+  const int64_t out_channels = layer.out_channels, channels = layer.channels;
+  if (layer.packed) {
+    const int64_t vectors = (out_channels + kernels.lanes - 1) / kernels.lanes, offset = 0;
+    const Range panels = team.share(panel_count(vectors, kernels.panel_vectors));
+    GemmArgs<T> args{};
+    args.a = x;
+    args.a_stride = args.chunk_length = channels;
+    args.rows = args.rows_per_block = images;
+    args.chunk_offset = &offset;
+    args.chunks = 1;
+    args.bias = layer.weight.const_data_ptr<T>();
+    args.weight = args.bias + vectors * kernels.lanes;
+    args.columns = args.out_stride = out_channels;
+    args.panel_begin = panels.begin;
+    args.panel_end = panels.end;
+    args.out = y;
+    args.activation = layer.activation;
+    if (images > 0) kernels.gemm(args);
+    return;
+  }
   const Range range = team.share(out_channels);
   kernels.fully_connected(x, images, channels, layer.weight.const_data_ptr<T>(), nullptr,
                           layer.bias.has_value() ? layer.bias->const_data_ptr<T>() : nullptr, range.begin, range.end,
@@ -60,7 +79,7 @@ class SqueezeExcite final : public Step {
   }
 
   size_t shared_scratch_bytes() const override {
-    return static_cast<size_t>(shape_.n * (shape_.c + squeeze_.weight.size(0))) * sizeof(T);
+    return static_cast<size_t>(shape_.n * (shape_.c + squeeze_.out_channels)) * sizeof(T);
   }
 
   std::string describe() const override {
@@ -149,14 +168,9 @@ class Pair final : public Step {
 
 std::unique_ptr<Step> make_squeeze_excite(Isa isa, ImageShape x_shape, Layer squeeze, Layer excite, int x, int sums,
                                           int64_t parts, int gate) {
-  const auto dense_layer = [](Layer layer) {
-    layer.weight = layer.weight.reshape({layer.weight.size(0), layer.weight.size(1)}).contiguous();
-    if (layer.bias.has_value()) layer.bias = layer.bias->contiguous();
-    return layer;
-  };
   return dispatch(squeeze.weight.scalar_type(), [&](auto zero) -> std::unique_ptr<Step> {
-    return std::make_unique<SqueezeExcite<decltype(zero)>>(isa, x_shape, dense_layer(squeeze), dense_layer(excite), x,
-                                                           sums, parts, gate);
+    return std::make_unique<SqueezeExcite<decltype(zero)>>(isa, x_shape, std::move(squeeze), std::move(excite), x, sums,
+                                                           parts, gate);
   });
 }
 
@@ -194,8 +208,12 @@ at::Tensor squeeze_excite(const at::Tensor& input, const at::Tensor& weight1, co
   const at::Tensor result = planes ? at::empty(input.sizes(), options) : at::empty_like(input, options);
   const ImageShape shape{input.size(0), input.size(2), input.size(3), c};
   const at::Tensor gate = at::empty({shape.n, c}, options);
-  auto gate_step = make_squeeze_excite(chosen, shape, {weight1, bias1, squeeze_act}, {weight2, bias2, gate_act},
-                                       planes ? -1 : 0, planes ? 3 : -1, 1, 2);
+  const auto layer = [](const at::Tensor& weight, const OptionalTensor& bias, Activation activation) {
+    const OptionalTensor dense_bias = bias.has_value() ? OptionalTensor(bias->contiguous()) : std::nullopt;
+    return Layer{weight.contiguous(), dense_bias, activation, weight.size(1), weight.size(0), false};
+  };
+  auto gate_step = make_squeeze_excite(chosen, shape, layer(weight1, bias1, squeeze_act),
+                                       layer(weight2, bias2, gate_act), planes ? -1 : 0, planes ? 3 : -1, 1, 2);
   if (planes) {
     const at::Tensor sums = at::empty({shape.n, c}, options);
     dispatch(dtype, [&](auto zero) {

@@ -27,6 +27,7 @@ class PackedWeights:
 
     def __init__(self) -> None:
         self._packed: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
+        self._memory = _C.NetworkWeights()
 
     def get(self, weights: Weights, constants: dict[str, torch.Tensor], *, depthwise: bool, isa: str) -> torch.Tensor:
         key = (weights, depthwise, isa)
@@ -34,7 +35,7 @@ class PackedWeights:
         if packed is None:
             weight, bias = fold(weights, constants)
             pack = _C.pack_depthwise_conv2d if depthwise else _C.pack_conv2d
-            self._packed[key] = packed = pack(weight, bias, isa)
+            self._packed[key] = packed = pack(weight, bias, isa, self._memory)
         return packed
 
     def __len__(self) -> int:
@@ -352,16 +353,14 @@ class _Builder:
             source = {"x": ids[x], "sums": sums, "parts": _C.depthwise_sum_parts(x.shape[2]) if sums >= 0 else 0}
             if node.op == "global_avg_pool":
                 return lambda engine: engine.add_global_avg_pool(isa=isa, x_shape=x.shape, **source, y=ids[node])
-            (weight1, bias1), (weight2, bias2) = (
-                fold(attrs[w], self.graph.constants) for w in ("weights1", "weights2")
-            )
+            packed1, packed2 = (self.pack(attrs[w]) for w in ("weights1", "weights2"))
+            squeeze_channels = self.graph.constants[attrs["weights1"].weight].shape[0]
             return lambda engine: engine.add_squeeze_excite(
                 isa=isa,
                 x_shape=x.shape,
-                weight1=weight1,
-                bias1=bias1,
-                weight2=weight2,
-                bias2=bias2,
+                squeeze_channels=squeeze_channels,
+                packed1=packed1,
+                packed2=packed2,
                 squeeze_activation=attrs["squeeze_activation"],
                 gate_activation=attrs["gate_activation"],
                 **source,
