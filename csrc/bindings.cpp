@@ -24,7 +24,8 @@ Storage parse_storage(const std::string& name) {
   if (name == "input") return Storage::kInput;
   if (name == "output") return Storage::kOutput;
   if (name == "aten") return Storage::kAten;
-  throw py::value_error("Plan: storage must be arena, input, output or aten, got '" + name + "'");
+  if (name == "slice") return Storage::kSlice;
+  throw py::value_error("Plan: storage must be arena, input, output, aten or slice, got '" + name + "'");
 }
 
 AtenArgument aten_argument(const py::handle& object, const c10::Argument& argument) {
@@ -135,11 +136,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<ValueRef>(m, "ValueRef").def(py::init<int64_t>()).def_readonly("index", &ValueRef::index);
   py::class_<Plan>(m, "Plan")
       .def(py::init([](const std::string& dtype,
-                       const std::vector<std::tuple<std::string, int64_t, std::vector<int64_t>, bool>>& values,
+                       const std::vector<std::tuple<std::string, int64_t, std::vector<int64_t>, bool, int64_t>>& values,
                        const std::vector<int64_t>& outputs, int64_t arena_bytes) {
              std::vector<Value> converted;
-             for (const auto& [storage, location, shape, any_strides] : values) {
-               converted.push_back({parse_storage(storage), location, shape, any_strides});
+             for (const auto& [storage, location, shape, any_strides, channel] : values) {
+               converted.push_back({parse_storage(storage), location, shape, any_strides, channel});
              }
              return std::make_unique<Plan>(dtype == "float64" ? at::kDouble : at::kFloat, std::move(converted), outputs,
                                            arena_bytes);
@@ -217,6 +218,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("squeeze_channels"), py::arg("packed1"),
           py::arg("packed2"), py::arg("squeeze_activation"), py::arg("gate_activation"), py::arg("x"), py::arg("sums"),
           py::arg("parts"), py::arg("gate"))
+      .def(
+          "add_pool2d",
+          [=](Plan& plan, const std::string& isa, Quad x_shape, Quad y_shape, std::array<int64_t, 8> w, bool mean,
+              bool count_padding, int64_t divisor, int x, int y) {
+            plan.add(make_pool2d(isa_of(isa), plan.dtype(), image_shape(x_shape), image_shape(y_shape),
+                                 {w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]}, {mean, count_padding, divisor}, x,
+                                 y));
+          },
+          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("y_shape"), py::arg("window"), py::arg("mean"),
+          py::arg("count_padding"), py::arg("divisor"), py::arg("x"), py::arg("y"))
       .def(
           "add_global_avg_pool",
           [=](Plan& plan, const std::string& isa, Quad x_shape, int x, int sums, int64_t parts, int y) {

@@ -203,6 +203,10 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
       const at::Tensor input = inputs[value.location].resolve_neg();  // memory that holds the numbers themselves
       tensors[i] = value.any_strides ? input : input.contiguous(engine_format(value.shape.size()));
       buffers[i] = buffer_with_strides(tensors[i]);
+    } else if (value.storage == Storage::kSlice) {
+      buffers[i] = buffers[value.location];
+      buffers[i].data =
+          static_cast<char*>(buffers[i].data) + value.channel * static_cast<int64_t>(at::elementSize(dtype_));
     } else if (value.storage == Storage::kOutput) {
       tensors[i] = at::empty(value.shape, at::TensorOptions().dtype(dtype_), engine_format(value.shape.size()));
       buffers[i] = dense_buffer(tensors[i].data_ptr(), value.shape);

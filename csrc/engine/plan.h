@@ -14,15 +14,17 @@
 
 namespace mobilenet_fast {
 
-enum class Storage { kArena, kInput, kOutput, kAten };
+enum class Storage { kArena, kInput, kOutput, kAten, kSlice };
 
 // A tensor of the plan. In the arena and in outputs, four-dimensional tensors lie as N × H × W × C and others
-// contiguous.
+// contiguous. A slice is some of the channels of another value, for a step to write.
 struct Value {
   Storage storage;
-  int64_t location;  // kArena: offset in bytes; kInput, kOutput: position; kAten: unused
+  int64_t
+      location;  // kArena: offset in bytes; kInput, kOutput: position; kSlice: the value it is part of, an earlier one
   std::vector<int64_t> shape;
   bool any_strides;  // kInput: its readers accept it as it comes
+  int64_t channel;   // kSlice: the first
 };
 
 // One argument of an ATen operator: a constant, a value of the plan, or a list of values (-1 for None).

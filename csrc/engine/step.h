@@ -16,7 +16,7 @@ namespace mobilenet_fast {
 // N × H × W × C, dense; only a step that says so accepts the other strides given here.
 struct Buffer {
   void* data = nullptr;
-  int64_t strides[4] = {0, 0, 0, 0};  // of (N, C, H, W), in elements, for four dimensions
+  int64_t strides[4] = {0, 0, 0, 0};  // of (N, C, H, W), in elements, for four dimensions; 0 for dense
 };
 
 struct Work {

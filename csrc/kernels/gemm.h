@@ -4,7 +4,8 @@
 // the packed panel) and broadcasts kRows inputs, so that a full tile of 6 × 4 AVX-512 vectors costs 24 multiply-adds
 // for 10 loads. The number of rows for a narrower panel keeps the same number of accumulators, up to 12 rows: past that
 // the row addresses no longer fit the general registers. Rows are dealt to tiles evenly (49 = 4 × 6 + 5 × 5, not 8 × 6
-// + 1), since a tile of one row is bound by the latency of its multiply-adds.
+// + 1), since a tile of one row is bound by the latency of its multiply-adds. Columns end in a half vector where one is
+// enough: 24, 40, 72, 120 and 200 channels would waste up to a third of the arithmetic in whole ones.
 #pragma once
 
 namespace mobilenet_fast {
@@ -22,97 +23,126 @@ struct GemmShape {
   }
 };
 
-// One k: kVectors weights from the panel against one input of each row.
-template <class T, int kRows, int kVectors>
-[[gnu::always_inline]] inline void multiply_row(const T* a, int64_t a_stride, const T* weight,
-                                                typename Vec<T>::Reg (&acc)[kRows][kVectors]) {
+// A tile of outputs in registers: kFull whole vectors and, with kHalf, a half one a row.
+template <class T, int kRows, int kFull, bool kHalf>
+struct GemmAccumulators {
   using V = Vec<T>;
-  typename V::Reg w[kVectors];
-#pragma GCC unroll 4
-  for (int j = 0; j < kVectors; ++j) w[j] = V::load(weight + j * V::kLanes);
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
-    const auto x = V::set1(a[i * a_stride]);
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) acc[i][j] = V::fma(x, w[j], acc[i][j]);
-  }
-}
+  using H = Vec<HalfOf<T>>;
+  typename V::Reg full[kRows][kFull > 0 ? kFull : 1];
+  typename V::HalfReg half[kRows][1];
 
-template <class T, int kRows, int kVectors>
-void gemm_tile(const GemmArgs<T>& g, const T* a, const T* weight, int64_t column, const T* residual, T* out,
-               int last_lanes) {
-  using V = Vec<T>;
-  constexpr int kLanes = V::kLanes;
-  const int64_t a_stride = g.a_stride;
-  typename V::Reg acc[kRows][kVectors];
-#pragma GCC unroll 4
-  for (int j = 0; j < kVectors; ++j) {
-    const auto bias = V::load(g.bias + column + j * kLanes);
+  [[gnu::always_inline]] void start(const T* bias) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i) acc[i][j] = bias;
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kFull; ++j) full[i][j] = V::load(bias + j * V::kLanes);
+      if constexpr (kHalf) half[i][0] = H::load(bias + kFull * V::kLanes);
+    }
   }
+
+  // One k: the weights of the panel against one input of each row.
+  [[gnu::always_inline]] void multiply(const T* a, int64_t a_stride, const T* weight) {
+    typename V::Reg w[kFull > 0 ? kFull : 1];
+    typename V::HalfReg w_half;
+#pragma GCC unroll 4
+    for (int j = 0; j < kFull; ++j) w[j] = V::load(weight + j * V::kLanes);
+    if constexpr (kHalf) w_half = H::load(weight + kFull * V::kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      const auto x = V::set1(a[i * a_stride]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kFull; ++j) full[i][j] = V::fma(x, w[j], full[i][j]);
+      if constexpr (kHalf) half[i][0] = H::fma(H::low(x), w_half, half[i][0]);
+    }
+  }
+
+  // The last vector, half or whole, counts `last` lanes.
+  [[gnu::always_inline]] void add(const T* residual, int64_t stride, int last) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i, residual += stride) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kFull; ++j) {
+        const T* r = residual + j * V::kLanes;
+        const bool whole = kHalf || j < kFull - 1 || last == V::kLanes;
+        full[i][j] = V::add(full[i][j], whole ? V::load(r) : V::load_n(r, last));
+      }
+      if constexpr (kHalf) half[i][0] = H::add(half[i][0], H::load_n(residual + kFull * V::kLanes, last));
+    }
+  }
+
+  [[gnu::always_inline]] void activate(Activation activation) {
+    if constexpr (kFull > 0) activate_accumulators<T>(activation, full);
+    if constexpr (kHalf) activate_accumulators<HalfOf<T>>(activation, half);
+  }
+
+  [[gnu::always_inline]] void store(T* out, int64_t stride, int last) const {
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i, out += stride) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kFull; ++j) {
+        if (kHalf || j < kFull - 1 || last == V::kLanes) {
+          V::store(out + j * V::kLanes, full[i][j]);
+        } else {
+          V::store_n(out + j * V::kLanes, full[i][j], last);
+        }
+      }
+      if constexpr (kHalf) H::store_n(out + kFull * V::kLanes, half[i][0], last);
+    }
+  }
+};
+
+template <class T, int kRows, int kVectors, bool kHalf>
+void gemm_tile(const GemmArgs<T>& g, const T* a, const T* weight, int64_t column, const T* residual, T* out, int last) {
+  constexpr int kLanes = Vec<T>::kLanes, kFull = kVectors - kHalf;
+  constexpr int kWidth = kFull * kLanes + (kHalf ? Vec<HalfOf<T>>::kLanes : 0);
+  const int64_t a_stride = g.a_stride;
+  GemmAccumulators<T, kRows, kFull, kHalf> acc;
+  acc.start(g.bias + column);
   if (g.chunk_length == 1) {
-    for (int64_t chunk = 0; chunk < g.chunks; ++chunk, weight += kVectors * kLanes) {
-      multiply_row<T>(a + g.chunk_offset[chunk], a_stride, weight, acc);
+    for (int64_t chunk = 0; chunk < g.chunks; ++chunk, weight += kWidth) {
+      acc.multiply(a + g.chunk_offset[chunk], a_stride, weight);
     }
   } else {
     for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
       const T* ak = a + g.chunk_offset[chunk];
-      for (int64_t k = 0; k < g.chunk_length; ++k, ++ak, weight += kVectors * kLanes) {
-        multiply_row<T>(ak, a_stride, weight, acc);
-      }
+      for (int64_t k = 0; k < g.chunk_length; ++k, ++ak, weight += kWidth) acc.multiply(ak, a_stride, weight);
     }
   }
-  const bool tail = last_lanes < kLanes;
-  if (residual != nullptr) {
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        const T* r = residual + i * g.residual_stride + j * kLanes;
-        acc[i][j] = V::add(acc[i][j], j == kVectors - 1 && tail ? V::load_n(r, last_lanes) : V::load(r));
-      }
-    }
-  }
-  activate_accumulators<T>(g.activation, acc);
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      T* o = out + i * g.out_stride + j * kLanes;
-      if (j == kVectors - 1 && tail) {
-        V::store_n(o, acc[i][j], last_lanes);
-      } else {
-        V::store(o, acc[i][j]);
-      }
-    }
-  }
+  if (residual != nullptr) acc.add(residual, g.residual_stride, last);
+  acc.activate(g.activation);
+  acc.store(out, g.out_stride, last);
   if (!is_cheap(g.activation)) {
-    activate_tile(g.activation, out, g.out_stride, kRows, (kVectors - 1) * kLanes + last_lanes);
+    activate_tile(g.activation, out, g.out_stride, kRows, (kVectors - 1) * kLanes + last);
   }
 }
 
 template <class T>
 using GemmTile = void (*)(const GemmArgs<T>&, const T*, const T*, int64_t, const T*, T*, int);
 
-template <class T, int kVectors, int kRows>
+template <class T, int kVectors, bool kHalf, int kRows = GemmShape<T>::rows(kVectors)>
 GemmTile<T> select_gemm_rows(int rows) {
   if constexpr (kRows == 1) {
-    return gemm_tile<T, 1, kVectors>;
+    return gemm_tile<T, 1, kVectors, kHalf>;
   } else {
-    return rows == kRows ? gemm_tile<T, kRows, kVectors> : select_gemm_rows<T, kVectors, kRows - 1>(rows);
+    return rows == kRows ? gemm_tile<T, kRows, kVectors, kHalf> : select_gemm_rows<T, kVectors, kHalf, kRows - 1>(rows);
   }
 }
 
-template <class T>
+template <class T, bool kHalf>
 GemmTile<T> select_gemm_tile(int vectors, int rows) {
-  using S = GemmShape<T>;
-  if constexpr (S::kPanelVectors == 4) {
-    if (vectors == 4) return select_gemm_rows<T, 4, S::rows(4)>(rows);
-    if (vectors == 3) return select_gemm_rows<T, 3, S::rows(3)>(rows);
+  if constexpr (GemmShape<T>::kPanelVectors == 4) {
+    if (vectors == 4) return select_gemm_rows<T, 4, kHalf>(rows);
+    if (vectors == 3) return select_gemm_rows<T, 3, kHalf>(rows);
   }
-  if (vectors == 2) return select_gemm_rows<T, 2, S::rows(2)>(rows);
-  return select_gemm_rows<T, 1, S::rows(1)>(rows);
+  return vectors == 2 ? select_gemm_rows<T, 2, kHalf>(rows) : select_gemm_rows<T, 1, kHalf>(rows);
+}
+
+template <class T>
+GemmTile<T> select_gemm_tile(int vectors, int rows, bool half) {
+  if constexpr (Vec<HalfOf<T>>::kLanes > 0) {
+    if (half) return select_gemm_tile<T, true>(vectors, rows);
+  }
+  return select_gemm_tile<T, false>(vectors, rows);
 }
 
 template <class T>
@@ -128,21 +158,22 @@ void gemm(const GemmArgs<T>& g) {
       const int panel_vectors = static_cast<int>(panel_first_vector(p + 1, panels, vectors) - first);
       const int64_t column = first * kLanes;
       const int64_t width = g.columns - column < panel_vectors * kLanes ? g.columns - column : panel_vectors * kLanes;
-      const int last_lanes = static_cast<int>(width - (panel_vectors - 1) * kLanes);
+      const int last = static_cast<int>(width - (panel_vectors - 1) * kLanes);
+      const bool half = last <= Vec<HalfOf<T>>::kLanes;
       const T* weight = g.weight + column * depth;
       const int64_t max_rows = GemmShape<T>::rows(panel_vectors);
       const int64_t tiles = (rows + max_rows - 1) / max_rows;
       // Tiles of two heights at most: rows / tiles rounded down and up.
       const int low = static_cast<int>(rows / tiles);
-      const GemmTile<T> low_tile = select_gemm_tile<T>(panel_vectors, low);
-      const GemmTile<T> high_tile = rows % tiles == 0 ? low_tile : select_gemm_tile<T>(panel_vectors, low + 1);
+      const GemmTile<T> low_tile = select_gemm_tile<T>(panel_vectors, low, half);
+      const GemmTile<T> high_tile = rows % tiles == 0 ? low_tile : select_gemm_tile<T>(panel_vectors, low + 1, half);
       const int64_t high_tiles = rows % tiles;
       int64_t row = block;
       for (int64_t t = 0; t < tiles; ++t) {
         const bool high = t < high_tiles;
         const T* residual = g.residual == nullptr ? nullptr : g.residual + row * g.residual_stride + column;
         (high ? high_tile : low_tile)(g, g.a + row * g.a_stride, weight, column, residual,
-                                      g.out + row * g.out_stride + column, last_lanes);
+                                      g.out + row * g.out_stride + column, last);
         row += high ? low + 1 : low;
       }
     }

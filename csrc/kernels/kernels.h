@@ -17,8 +17,8 @@ enum class Activation : int { kNone, kRelu, kRelu6, kHardswish, kHardsigmoid, kS
 // k × k convolution has a chunk a kernel row (or a tap), with a row an output pixel.
 //
 // The weight is packed: output channels are cut into vectors of `lanes`, those into panels of at most `panel_vectors`
-// (see panel_begin), and each panel is stored row by row (chunk, then k), zero-padded to whole vectors. A call computes
-// the panels [panel_begin, panel_end) of `columns` columns in all.
+// (see panel_first_vector), and each panel is stored row by row (chunk, then k), zero-padded to a multiple of
+// `column_unit`. A call computes the panels [panel_begin, panel_end) of `columns` columns in all.
 template <class T>
 struct GemmArgs {
   const T* a;
@@ -59,6 +59,21 @@ struct DepthwiseArgs {
   Activation activation;
 };
 
+// Output rows [row_begin, row_end) of one image: the largest, or the mean, of each window's pixels inside the image. A
+// window holds at least one. A mean divides by `divisor` where that is positive, else by the number of pixels, padding
+// included with count_padding.
+template <class T>
+struct PoolArgs {
+  const T* x;
+  int64_t x_row_stride, x_pixel_stride, height, width;
+  T* y;
+  int64_t y_row_stride, y_pixel_stride, row_begin, row_end, out_width;
+  int64_t channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  bool mean, count_padding;
+  int64_t divisor;
+};
+
 // y[m, c] = activation(x[m, c] * scale[c] + shift[c]) over `rows` pixels. Without `scale` it is 1; without `shift` it
 // is -0, which changes no number.
 template <class T>
@@ -78,10 +93,12 @@ template <class T>
 struct Kernels {
   Isa isa;
   int lanes;
+  int column_unit;    // packed weights are padded to a multiple of this: lanes, or half of them
   int panel_vectors;  // vectors in a panel of the GEMM, at most
   int panel_rows;     // rows that its micro-kernel computes together for a full panel
   void (*gemm)(const GemmArgs<T>&);
   void (*depthwise_conv2d)(const DepthwiseArgs<T>&);
+  void (*pool2d)(const PoolArgs<T>&);
   void (*scale_shift_act)(const ScaleShiftArgs<T>&);
   // y[i] = activation(x[i] * scale + shift), i < n: one plane of a contiguous tensor.
   void (*scale_shift_act_plane)(const T* x, T* y, int64_t n, T scale, T shift, Activation activation);
@@ -95,8 +112,7 @@ struct Kernels {
   // null.
   void (*fully_connected)(const T* x, int64_t rows, int64_t channels, const T* weight, const T* scale, const T* bias,
                           int64_t begin, int64_t end, int64_t out_channels, Activation activation, T* y);
-  // out[k * width + j] = source[j * depth + k] * scale[j] for j < columns, 0 up to width (a multiple of lanes); without
-  // scale it is 1.
+  // out[k * width + j] = source[j * depth + k] * scale[j] for j < columns, 0 up to width; without scale it is 1.
   void (*pack_columns)(const T* source, int64_t columns, int64_t depth, const T* scale, T* out, int64_t width);
   // scale = weight / sqrt(var + eps), shift = bias - mean * scale; weight and bias may be null for 1 and 0.
   void (*fold_batch_norm)(const T* mean, const T* var, const T* weight, const T* bias, T eps, int64_t channels,

@@ -12,6 +12,7 @@ void pack_columns(const T* source, int64_t columns, int64_t depth, const T* scal
   constexpr int kLanes = V::kLanes;
   for (int64_t column = 0; column < width; column += kLanes, out += kLanes) {
     const int64_t left = columns - column;
+    const int stored = width - column < kLanes ? static_cast<int>(width - column) : kLanes;
     const int filled = left < kLanes ? static_cast<int>(left > 0 ? left : 0) : kLanes;
     auto factor = V::set1(1);
     if (scale != nullptr && filled > 0) factor = V::load_n(scale + column, filled);
@@ -28,7 +29,7 @@ void pack_columns(const T* source, int64_t columns, int64_t depth, const T* scal
       transpose(block);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        if (i < rows) V::store(out + (k + i) * width, V::mul(block[i], factor));
+        if (i < rows) V::store_n(out + (k + i) * width, V::mul(block[i], factor), stored);
       }
     }
   }

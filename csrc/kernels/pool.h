@@ -1,4 +1,4 @@
-// Sums over pixels: the squeeze of squeeze-and-excitation, and global average pooling.
+// Sums over pixels: the squeeze of squeeze-and-excitation, and global average pooling. Maxima and means over windows.
 #pragma once
 
 namespace mobilenet_fast {
@@ -40,6 +40,74 @@ T sum_plane(const T* x, int64_t count) {
   const int n = static_cast<int>(count - vectors * V::kLanes);
   if (n > 0) acc = V::add(acc, V::load_n(x + vectors * V::kLanes, n));
   return V::sum(acc);
+}
+
+// One output pixel, kVectors vectors of channels at once: the window's `rows` × `columns` taps that are inside the
+// image, from x on.
+template <class T, bool kMean, bool kTail, int kVectors>
+[[gnu::always_inline]] inline void pool_pixel(const PoolArgs<T>& p, const T* x, int64_t rows, int64_t columns, T factor,
+                                              T* y, int n) {
+  using V = Vec<T>;
+  typename V::Reg acc[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) acc[j] = kMean ? V::set1(0) : load<T, kTail>(x + j * V::kLanes, n);
+  for (int64_t row = 0; row < rows; ++row, x += p.dilation_h * p.x_row_stride) {
+    const T* pixel = x;
+    for (int64_t column = 0; column < columns; ++column, pixel += p.dilation_w * p.x_pixel_stride) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const auto value = load<T, kTail>(pixel + j * V::kLanes, n);
+        acc[j] = kMean ? V::add(acc[j], value) : V::max_nan(acc[j], value);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    store<T, kTail>(y + j * V::kLanes, kMean ? V::mul(acc[j], V::set1(factor)) : acc[j], n);
+  }
+}
+
+template <class T, bool kMean>
+void pool_rows(const PoolArgs<T>& p) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  for (int64_t oy = p.row_begin; oy < p.row_end; ++oy) {
+    const int64_t top = oy * p.stride_h - p.pad_top;
+    // Taps [y0, y1) of the window are inside the image.
+    const int64_t y0 = top < 0 ? (-top + p.dilation_h - 1) / p.dilation_h : 0;
+    const int64_t rows_left = (p.height - top + p.dilation_h - 1) / p.dilation_h;
+    const int64_t y1 = rows_left < p.kernel_h ? rows_left : p.kernel_h;
+    for (int64_t ox = 0; ox < p.out_width; ++ox) {
+      const int64_t left = ox * p.stride_w - p.pad_left;
+      const int64_t x0 = left < 0 ? (-left + p.dilation_w - 1) / p.dilation_w : 0;
+      const int64_t columns_left = (p.width - left + p.dilation_w - 1) / p.dilation_w;
+      const int64_t x1 = columns_left < p.kernel_w ? columns_left : p.kernel_w;
+      int64_t count = (y1 - y0) * (x1 - x0);
+      if (kMean && p.divisor > 0) {
+        count = p.divisor;
+      } else if (kMean && p.count_padding) {  // but not what ceil_mode adds past the padding
+        const int64_t bottom = p.height + p.pad_top - top, right = p.width + p.pad_left - left;
+        count = (bottom < p.kernel_h ? bottom : p.kernel_h) * (right < p.kernel_w ? right : p.kernel_w);
+      }
+      const T factor = T(1) / static_cast<T>(count);
+      const T* x = p.x + (top + y0 * p.dilation_h) * p.x_row_stride + (left + x0 * p.dilation_w) * p.x_pixel_stride;
+      T* y = p.y + oy * p.y_row_stride + ox * p.y_pixel_stride;
+      int64_t c = 0;
+      for (; c + 4 * kLanes <= p.channels; c += 4 * kLanes) {
+        pool_pixel<T, kMean, false, 4>(p, x + c, y1 - y0, x1 - x0, factor, y + c, kLanes);
+      }
+      for (; c + kLanes <= p.channels; c += kLanes) {
+        pool_pixel<T, kMean, false, 1>(p, x + c, y1 - y0, x1 - x0, factor, y + c, kLanes);
+      }
+      if (c < p.channels) {
+        pool_pixel<T, kMean, true, 1>(p, x + c, y1 - y0, x1 - x0, factor, y + c, static_cast<int>(p.channels - c));
+      }
+    }
+  }
+}
+
+template <class T>
+void pool2d(const PoolArgs<T>& p) {
+  return p.mean ? pool_rows<T, true>(p) : pool_rows<T, false>(p);
 }
 
 }  // namespace

@@ -8,10 +8,12 @@ template <class T>
 static Kernels<T> table(Isa isa) {
   return {isa,
           Vec<T>::kLanes,
+          Vec<HalfOf<T>>::kLanes > 0 ? Vec<HalfOf<T>>::kLanes : Vec<T>::kLanes,
           GemmShape<T>::kPanelVectors,
           GemmShape<T>::rows(GemmShape<T>::kPanelVectors),
           gemm<T>,
           depthwise_conv2d<T>,
+          pool2d<T>,
           scale_shift_act<T>,
           scale_shift_act_plane<T>,
           add_act<T>,

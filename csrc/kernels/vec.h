@@ -5,12 +5,16 @@
 // Contracts, for every set:
 //   load / store       kLanes consecutive elements, no alignment needed.
 //   load_n / store_n   the first n (1..kLanes) elements; lanes past n load as zero and are not touched in memory.
-//   fma(a, b, c)       a * b + c, fused where the set has it.
+//   fma(a, b, c)       a * b + c, rounded once where kFmaIsFused.
 //   max(a, b), min     return b when either operand is NaN, so a NaN passes through when it is the second operand.
+//   max_nan(a, b)      NaN when either operand is.
 //   round              to the nearest integer, ties to even.
 //   scale2(x, n)       x * 2^n for integral n, |n| <= 250 (float) or 2000 (double), with overflow to Inf and gradual
 //                      underflow.
 // kMaskIsFree says that load_n and store_n cost no more than load and store.
+//
+// HalfOf<T> is a vector of half the lanes, with the functions that a matrix product needs, where such vectors cost
+// half: a processor that computes 512 bits in two halves, or that has two units for 256 bits. kLanes is 0 elsewhere.
 #pragma once
 
 namespace mobilenet_fast {
@@ -19,6 +23,13 @@ namespace {
 
 template <class T>
 struct Vec;
+
+template <class T>
+struct HalfOf {};
+template <class T>
+struct Vec<HalfOf<T>> {
+  static constexpr int kLanes = 0;
+};
 
 template <int... kLane>
 struct Lanes {};
@@ -34,8 +45,10 @@ struct FirstLanes<0, kLane...> {
 template <>
 struct Vec<float> {
   using Reg = __m512;
+  using HalfReg = __m256;
   static constexpr int kLanes = 16, kRegisters = 32;
   static constexpr bool kMaskIsFree = true;
+  static constexpr bool kFmaIsFused = true;
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
   static Reg load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
@@ -49,6 +62,7 @@ struct Vec<float> {
   static Reg sqrt(Reg a) { return _mm512_sqrt_ps(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg max_nan(Reg a, Reg b) { return _mm512_mask_mov_ps(max(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg scale2(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
@@ -56,10 +70,30 @@ struct Vec<float> {
 };
 
 template <>
+struct Vec<HalfOf<float>> {
+  using Reg = __m256;
+  static constexpr int kLanes = 8;
+  static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static Reg load_n(const float* p, int n) { return _mm256_maskz_loadu_ps(mask(n), p); }
+  static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+  static void store_n(float* p, Reg v, int n) { _mm256_mask_storeu_ps(p, mask(n), v); }
+  static Reg set1(float x) { return _mm256_set1_ps(x); }
+  static Reg low(__m512 x) { return _mm512_castps512_ps256(x); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+};
+
+template <>
 struct Vec<double> {
   using Reg = __m512d;
+  using HalfReg = Reg;
   static constexpr int kLanes = 8, kRegisters = 32;
   static constexpr bool kMaskIsFree = true;
+  static constexpr bool kFmaIsFused = true;
   static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
   static Reg load(const double* p) { return _mm512_loadu_pd(p); }
   static Reg load_n(const double* p, int n) { return _mm512_maskz_loadu_pd(mask(n), p); }
@@ -73,6 +107,7 @@ struct Vec<double> {
   static Reg sqrt(Reg a) { return _mm512_sqrt_pd(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  static Reg max_nan(Reg a, Reg b) { return _mm512_mask_mov_pd(max(a, b), _mm512_cmp_pd_mask(a, a, _CMP_UNORD_Q), a); }
   static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
   static Reg round(Reg a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg scale2(Reg a, Reg n) { return _mm512_scalef_pd(a, n); }
@@ -84,8 +119,10 @@ struct Vec<double> {
 template <>
 struct Vec<float> {
   using Reg = __m256;
+  using HalfReg = Reg;
   static constexpr int kLanes = 8, kRegisters = 16;
   static constexpr bool kMaskIsFree = false;
+  static constexpr bool kFmaIsFused = true;
   static __m256i mask(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
@@ -101,6 +138,7 @@ struct Vec<float> {
   static Reg sqrt(Reg a) { return _mm256_sqrt_ps(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg max_nan(Reg a, Reg b) { return _mm256_blendv_ps(max(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg power2(__m256i n) {
@@ -120,8 +158,10 @@ struct Vec<float> {
 template <>
 struct Vec<double> {
   using Reg = __m256d;
+  using HalfReg = Reg;
   static constexpr int kLanes = 4, kRegisters = 16;
   static constexpr bool kMaskIsFree = false;
+  static constexpr bool kFmaIsFused = true;
   static __m256i mask(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }
   static Reg load_n(const double* p, int n) { return _mm256_maskload_pd(p, mask(n)); }
@@ -135,6 +175,7 @@ struct Vec<double> {
   static Reg sqrt(Reg a) { return _mm256_sqrt_pd(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
+  static Reg max_nan(Reg a, Reg b) { return _mm256_blendv_pd(max(a, b), a, _mm256_cmp_pd(a, a, _CMP_UNORD_Q)); }
   static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
   static Reg round(Reg a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg power2(__m128i n) {
@@ -156,8 +197,10 @@ struct Vec<double> {
 template <>
 struct Vec<float> {
   using Reg = float32x4_t;
+  using HalfReg = Reg;
   static constexpr int kLanes = 4, kRegisters = 32;
   static constexpr bool kMaskIsFree = false;
+  static constexpr bool kFmaIsFused = true;
   static Reg load(const float* p) { return vld1q_f32(p); }
   static Reg load_n(const float* p, int n) {
     float lanes[4] = {p[0], n > 1 ? p[1] : 0.0f, n > 2 ? p[2] : 0.0f, n > 3 ? p[3] : 0.0f};
@@ -177,6 +220,7 @@ struct Vec<float> {
   static Reg sqrt(Reg a) { return vsqrtq_f32(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static Reg max(Reg a, Reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static Reg max_nan(Reg a, Reg b) { return vmaxq_f32(a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static Reg round(Reg a) { return vrndnq_f32(a); }
   static Reg power2(int32x4_t n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23)); }
@@ -190,8 +234,10 @@ struct Vec<float> {
 template <>
 struct Vec<double> {
   using Reg = float64x2_t;
+  using HalfReg = Reg;
   static constexpr int kLanes = 2, kRegisters = 32;
   static constexpr bool kMaskIsFree = false;
+  static constexpr bool kFmaIsFused = true;
   static Reg load(const double* p) { return vld1q_f64(p); }
   static Reg load_n(const double* p, int n) {
     double lanes[2] = {p[0], n > 1 ? p[1] : 0.0};
@@ -211,6 +257,7 @@ struct Vec<double> {
   static Reg sqrt(Reg a) { return vsqrtq_f64(a); }
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f64(c, a, b); }
   static Reg max(Reg a, Reg b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
+  static Reg max_nan(Reg a, Reg b) { return vmaxq_f64(a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
   static Reg round(Reg a) { return vrndnq_f64(a); }
   static Reg power2(int64x2_t n) { return vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(n, vdupq_n_s64(1023)), 52)); }
@@ -226,8 +273,10 @@ struct Vec<double> {
 template <class T>
 struct ScalarVec {
   using Reg = T;
+  using HalfReg = T;
   static constexpr int kLanes = 1, kRegisters = 16;
   static constexpr bool kMaskIsFree = true;
+  static constexpr bool kFmaIsFused = false;
   static Reg load(const T* p) { return *p; }
   static Reg load_n(const T* p, int) { return *p; }
   static void store(T* p, Reg v) { *p = v; }
@@ -240,6 +289,7 @@ struct ScalarVec {
   static Reg sqrt(Reg a) { return static_cast<T>(__builtin_sqrt(a)); }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static Reg max_nan(Reg a, Reg b) { return a > b || a != a ? a : b; }
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
   static Reg round(Reg a) { return __builtin_nearbyint(a); }
   static Reg scale2(Reg a, Reg n) { return n == n ? static_cast<T>(__builtin_ldexp(a, static_cast<int>(n))) : n; }

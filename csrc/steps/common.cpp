@@ -133,7 +133,8 @@ at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, 
   const int64_t padded = vectors * k.lanes;
   const int64_t taps = weight.size(2) * weight.size(3);
   const bool planes = packs_planes(weight.size(1), taps);
-  at::Tensor packed = memory.take(padded * (1 + depth * (planes ? 2 : 1)), weight);
+  const int64_t packed_columns = round_up(columns, k.column_unit);
+  at::Tensor packed = memory.take(padded + packed_columns * depth * (planes ? 2 : 1), weight);
   T* out = packed.data_ptr<T>();
   pack_bias(bias, columns, padded, out);
   const OptionalTensor factors = dense(scale);
@@ -144,14 +145,14 @@ at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, 
     at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         const int64_t column = panel_first_vector(p, panels, vectors) * k.lanes;
-        const int64_t width = panel_first_vector(p + 1, panels, vectors) * k.lanes - column;
+        const int64_t width = std::min(panel_first_vector(p + 1, panels, vectors) * k.lanes, packed_columns) - column;
         k.pack_columns(source + column * depth, std::min(width, columns - column), depth,
                        factor == nullptr ? nullptr : factor + column, target + column * depth, width);
       }
     });
   };
   pack((taps == 1 ? weight : weight.permute({0, 2, 3, 1})).contiguous(), out + padded);
-  if (planes) pack(weight.contiguous(), out + padded * (1 + depth));
+  if (planes) pack(weight.contiguous(), out + padded + packed_columns * depth);
   return packed;
 }
 

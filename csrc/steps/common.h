@@ -44,6 +44,10 @@ class Output {
 at::Tensor as_channels_last(const at::Tensor& input);
 inline Buffer buffer_of(const at::Tensor& tensor) { return Buffer{tensor.data_ptr(), {0, 0, 0, 0}}; }
 Buffer buffer_with_strides(const at::Tensor& tensor);
+// From one pixel to the next of an output that may be a slice of the channels of a larger one.
+inline int64_t pixel_stride(const Buffer& buffer, int64_t channels) {
+  return buffer.strides[3] > 0 ? buffer.strides[3] : channels;
+}
 
 // Calls body(T{}) for float or double.
 template <class Body>
@@ -104,6 +108,8 @@ struct ImageShape {  // N × H × W × C
 };
 
 // The steps. Buffers are indices into Work::buffers, -1 for none; all are dense N × H × W × C unless said otherwise.
+// The outputs of make_pointwise_conv2d, make_conv2d, make_pool2d and make_scale_shift_act may be slices of the channels
+// of a larger tensor.
 
 // y = activation(conv1x1(x · gate) + residual); `gate` is (N, C).
 std::unique_ptr<Step> make_pointwise_conv2d(Isa isa, ImageShape x_shape, int64_t out_channels, const at::Tensor& packed,
@@ -149,6 +155,13 @@ std::unique_ptr<Step> make_add_act(Isa isa, at::ScalarType dtype, int64_t elemen
 // y = mean of x over H and W, (N, C); sums as for make_squeeze_excite.
 std::unique_ptr<Step> make_global_avg_pool(Isa isa, at::ScalarType dtype, ImageShape x_shape, int x, int sums,
                                            int64_t parts, int y);
+
+struct PoolKind {  // as in PoolArgs
+  bool mean, count_padding;
+  int64_t divisor;
+};
+std::unique_ptr<Step> make_pool2d(Isa isa, at::ScalarType dtype, ImageShape x_shape, ImageShape y_shape, Window window,
+                                  PoolKind kind, int x, int y);
 
 // The eager operators, as bound to Python and registered with torch.library.
 at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,

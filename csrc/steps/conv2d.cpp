@@ -67,11 +67,14 @@ class Conv2d final : public Step {
     args.chunk_length = window_.kernel_w / taps * pixel;
     args.bias = packed_.const_data_ptr<T>();
     args.weight = args.bias + vectors_ * kernels_.lanes;
-    if (planar) args.weight += vectors_ * kernels_.lanes * window_.kernel_h * window_.kernel_w * x_shape_.c;
+    if (planar) {
+      args.weight += round_up(y_shape_.c, kernels_.column_unit) * window_.kernel_h * window_.kernel_w * x_shape_.c;
+    }
     args.columns = y_shape_.c;
     args.panel_begin = panel_range.begin;
     args.panel_end = panel_range.end;
-    args.residual_stride = args.out_stride = y_shape_.c;
+    args.residual_stride = y_shape_.c;
+    args.out_stride = pixel_stride(work.buffers[y_], y_shape_.c);
     args.rows_per_block = y_shape_.w;
     args.activation = activation_;
     const T* x = static_cast<const T*>(input.data);
@@ -91,7 +94,7 @@ class Conv2d final : public Step {
         const int64_t y_pixel = (unit + row) * y_shape_.w;
         args.a = a + row * window_.stride_h * row_stride;
         args.residual = residual == nullptr ? nullptr : residual + y_pixel * y_shape_.c;
-        args.out = y + y_pixel * y_shape_.c;
+        args.out = y + y_pixel * args.out_stride;
         kernels_.gemm(args);
       }
       unit += rows;

@@ -46,7 +46,8 @@ class PointwiseConv2d final : public Step {
     args.columns = columns_;
     args.panel_begin = panel_range.begin;
     args.panel_end = panel_range.end;
-    args.residual_stride = args.out_stride = columns_;
+    args.residual_stride = columns_;
+    args.out_stride = pixel_stride(work.buffers[y_], columns_);
     args.activation = activation_;
     args.rows_per_block = rows_per_block_;
     const T* x = work.buffer<T>(x_);
@@ -55,7 +56,7 @@ class PointwiseConv2d final : public Step {
     if (gate_ < 0) {
       args.a = x + row_range.begin * shape_.c;
       args.residual = residual == nullptr ? nullptr : residual + row_range.begin * columns_;
-      args.out = y + row_range.begin * columns_;
+      args.out = y + row_range.begin * args.out_stride;
       args.rows = row_range.size();
       kernels_.gemm(args);
       return;
@@ -74,7 +75,7 @@ class PointwiseConv2d final : public Step {
       }
       args.a = gated;
       args.residual = residual == nullptr ? nullptr : residual + row * columns_;
-      args.out = y + row * columns_;
+      args.out = y + row * args.out_stride;
       args.rows = end - row;
       kernels_.gemm(args);
     }

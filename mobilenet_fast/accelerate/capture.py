@@ -466,6 +466,8 @@ class _Lowering:
         self, fx_node: torch.fx.Node, target: torch._ops.OpOverload, arguments: list[Any], fake: torch.Tensor
     ) -> Node:
         shape, x = self.shape(fake), arguments[0] if arguments else None
+        if isinstance(x, list):
+            x = next((each for each in x if isinstance(each, Node)), None)
         call = _runnable(target, arguments)
         if isinstance(x, Node) and x.dtype == fake.dtype:
             if target in _IDENTITIES | _RESHAPES and shape == x.shape:
@@ -584,8 +586,29 @@ def _adaptive_avg_pool2d(lowering, target, x, size):
 
 
 def _avg_pool2d(lowering, target, x, kernel, stride, padding, ceil_mode, count_include_pad, divisor):
-    whole = len(x.shape) == 4 and _pair(kernel) == x.shape[2:] and _pair(padding) == (0, 0)
-    return {} if whole and divisor is None else None
+    if len(x.shape) != 4 or (divisor or 1) < 1:
+        return None
+    if _pair(kernel) == x.shape[2:] and _pair(padding) == (0, 0) and divisor is None:
+        return {"op": "global_avg_pool"}
+    window = _window(kernel, stride, padding, 1)
+    return {"op": "pool2d", **window, "mean": True, "count_padding": count_include_pad, "divisor": divisor or 0}
+
+
+def _max_pool2d(lowering, target, x, kernel, stride, padding, dilation, ceil_mode):
+    if len(x.shape) != 4:
+        return None
+    return {**_window(kernel, stride, padding, dilation), "mean": False, "count_padding": False, "divisor": 0}
+
+
+def _window(kernel, stride, padding, dilation):
+    (top, left), kernel = _pair(padding), _pair(kernel)
+    stride = _pair(stride) if stride else kernel
+    return {"kernel": kernel, "stride": stride, "padding": (top, top, left, left), "dilation": _pair(dilation)}
+
+
+def _cat(lowering, target, tensors, dim):
+    images = all(isinstance(t, Node) and len(t.shape) == 4 and t.dtype == lowering.dtype for t in tensors)
+    return {} if images and dim in (1, -3) else None
 
 
 def _pad(lowering, target, x, pads, mode="constant", value=None):
@@ -620,7 +643,9 @@ _RULES = [
     ({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}, None, _binary),
     ({aten.mean.dim}, "global_avg_pool", _mean),
     ({aten.adaptive_avg_pool2d.default}, "global_avg_pool", _adaptive_avg_pool2d),
-    ({aten.avg_pool2d.default}, "global_avg_pool", _avg_pool2d),
+    ({aten.avg_pool2d.default}, None, _avg_pool2d),
+    ({aten.max_pool2d.default}, "pool2d", _max_pool2d),
+    ({aten.cat.default}, "cat", _cat),
     ({aten.pad.default, aten.constant_pad_nd.default}, "pad", _pad),
     ({aten.expand.default, aten.expand_as.default}, "expand", _always),
     (_RESHAPES, "reshape", _always),

@@ -1,9 +1,9 @@
 """The small graph that passes work on: a list of nodes in execution order, each with one tensor result.
 
 Operations: ``conv2d`` and ``linear`` (dense, pointwise, depthwise: one node with weights, see :class:`Weights`),
-``batch_norm``, ``activation``, ``add``, ``mul``, ``add_scalar``, ``mul_scalar``, ``global_avg_pool``, ``pad``,
-``expand``, ``reshape``, ``squeeze_excite`` (its result is the gate), ``gate`` (x times a gate), ``input``, ``aten`` for
-everything else, and ``result`` for one of several results of such a call. Shapes are concrete: a graph belongs to one
+``batch_norm``, ``activation``, ``add``, ``mul``, ``add_scalar``, ``mul_scalar``, ``global_avg_pool``, ``pool2d``
+(maxima or means over windows), ``cat`` (of channels), ``pad``, ``expand``, ``reshape``, ``squeeze_excite`` (its result
+is the gate), ``gate`` (x times a gate), ``input``, ``aten`` for everything else, and ``result`` for one of several results of such a call. Shapes are concrete: a graph belongs to one
 input shape.
 """
 

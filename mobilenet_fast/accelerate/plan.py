@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -144,15 +145,16 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 class _Value:
     """A tensor of the plan: what the engine's Value becomes."""
 
-    storage: str  # arena, input, output or aten
+    storage: str  # arena, input, output, aten or slice
     shape: tuple[int, ...]
     itemsize: int = 4
-    position: int = 0  # of an input or output
+    position: int = 0  # of an input or output; of a slice, the value that it is part of
+    channel: int = 0  # of a slice, the first
     offset: int = 0  # in the arena
     any_strides: bool = False
-    first: int = 0  # step that writes it
+    first: int = -1  # step that writes it first
     last: int = 0  # last step that reads it
-    root: _Value | None = None  # an alias of that value
+    root: _Value | None = None  # it lies in that value's memory
 
 
 def build(graph: Graph, packed: PackedWeights, isa: str) -> Plan:
@@ -178,6 +180,9 @@ class _Builder:
             strided = all(self.reads_any_strides(user, node) for user in self.users[node])
             self.define(node, "input", position=position, any_strides=strided)
         for node in self.graph.nodes:
+            if node.op == "cat":
+                self.cat(node)
+                continue
             if node in self.ids:
                 continue  # an input, or computed already as what it reshapes
             if node in averaged and makes_sums(node):
@@ -194,8 +199,10 @@ class _Builder:
             # What only a reshape reads is computed as that reshape.
             users = self.users[node]
             result = users[0] if node not in outputs and len(users) == 1 and is_alias(users[0]) else node
-            returned = result in outputs and not any(map(is_alias, self.users[result]))
-            self.ids[node] = self.define(result, "output" if returned else "arena")
+            if takes_slice(node) and len(users) == 1 and users[0].op == "cat" and node not in outputs:
+                self.ids[node] = self.slice(node, users[0])
+            else:
+                self.ids[node] = self.define(result, self.storage(result))
             reads = [self.ids[source] for source in node.inputs]
             writes = [self.ids[node], *([self.sums[node]] if node in self.sums else [])]
             reads += [self.sums[source] for source in node.inputs[:1] if source in self.sums]
@@ -205,7 +212,13 @@ class _Builder:
         engine = _C.Plan(
             dtype=str(self.graph.dtype).removeprefix("torch."),
             values=[
-                (v.storage, (v.root or v).offset if v.storage == "arena" else v.position, v.shape, v.any_strides)
+                (
+                    v.storage,
+                    (v.root or v).offset if v.storage == "arena" else v.position,
+                    v.shape,
+                    v.any_strides,
+                    v.channel,
+                )
                 for v in self.values
             ],
             outputs=results,
@@ -239,12 +252,42 @@ class _Builder:
         self.ids[node] = self.new_value(storage, node.shape, **fields)
         return self.ids[node]
 
+    def storage(self, node: Node) -> str:
+        """Where a result of ours lies: what is returned, and in no other shape, in a tensor of its own."""
+        returned = node in self.graph.output_nodes() and not any(map(is_alias, self.users[node]))
+        return "output" if returned else "arena"
+
+    def slice(self, node: Node, cat: Node) -> int:
+        """The value of a node that is written straight into its place in a concatenation."""
+        if cat not in self.ids:
+            self.define(cat, self.storage(cat))
+        root = self.values[self.ids[cat]]
+        index = cat.inputs.index(node)
+        channel = sum(source.shape[1] for source in cat.inputs[:index])
+        return self.new_value("slice", node.shape, root=root, position=self.ids[cat], channel=channel)
+
+    def cat(self, node: Node) -> None:
+        """What could not be written into its place is copied there."""
+        channel = 0
+        if node not in self.ids:
+            self.define(node, self.storage(node))
+        root = self.ids[node]
+        for source in node.inputs:
+            x = self.values[self.ids[source]]
+            if x.storage != "slice" or x.position != root:
+                target = self.new_value("slice", source.shape, root=self.values[root], position=root, channel=channel)
+                copy = {"isa": self.isa, "shape": source.shape, "folded": None, "gate": -1, "activation": "none"}
+                emit = partial(_C.Plan.add_scale_shift_act, **copy, x=self.ids[source], y=target)
+                self.step(source, "copy into cat", "", [self.ids[source]], [target], emit)
+            channel += source.shape[1]
+
     def step(self, node, operation, fallback, reads, writes, emit) -> None:
         index = len(self.steps)
-        for value in (self.values[i] for i in writes):
-            value.first = value.last = index
-        for value in (self.values[i] for i in reads):
-            (value.root or value).last = index
+        for value in (self.values[i].root or self.values[i] for i in writes):
+            value.first = index if value.first < 0 else value.first
+            value.last = index
+        for value in (self.values[i].root or self.values[i] for i in reads):
+            value.last = index
         self.steps.append(emit)
         self.rows.append((node, operation, fallback))
 
@@ -366,6 +409,17 @@ class _Builder:
                 **source,
                 gate=ids[node],
             )
+        if node.op == "pool2d":
+            top, _, left, _ = attrs["padding"]
+            return lambda engine: engine.add_pool2d(
+                isa=isa,
+                x_shape=x.shape,
+                y_shape=node.shape,
+                window=(*attrs["kernel"], *attrs["stride"], top, left, *attrs["dilation"]),
+                **{k: attrs[k] for k in ("mean", "count_padding", "divisor")},
+                x=ids[x],
+                y=ids[node],
+            )
         if node.op in ("gate", "activation") or is_affine(node):
             folded = None
             if is_affine(node):
@@ -419,6 +473,11 @@ class _Builder:
             engine.add_aten(call.target._schema.name, call.target._schema.overload_name, arguments, outputs)
 
         self.step(node, _operation(node), _why_aten(node), reads, [o for o in outputs if o >= 0], emit)
+
+
+def takes_slice(node: Node) -> bool:
+    """Whether the node's step can write its output into some of the channels of a larger tensor."""
+    return is_dense(node) or node.op in ("pool2d", "gate", "activation") or is_affine(node)
 
 
 def makes_sums(node: Node) -> bool:

@@ -63,10 +63,11 @@ void check_gemm(const Kernels<T>& k, int64_t rows, int64_t depth, int64_t column
   const auto a = random<T>(rows * depth), w = random<T>(columns * depth), r = random<T>(rows * columns);
   auto bias = random<T>(vectors * k.lanes);
   const auto scale = random<T>(columns);
-  std::vector<T> packed(vectors * k.lanes * depth), y(rows * columns + 1, T(77));
+  const int64_t packed_columns = (columns + k.column_unit - 1) / k.column_unit * k.column_unit;
+  std::vector<T> packed(packed_columns * depth), y(rows * columns + 1, T(77));
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t column = panel_first_vector(p, panels, vectors) * k.lanes;
-    const int64_t width = panel_first_vector(p + 1, panels, vectors) * k.lanes - column;
+    const int64_t width = std::min(panel_first_vector(p + 1, panels, vectors) * k.lanes, packed_columns) - column;
     k.pack_columns(w.data() + column * depth, std::min(width, columns - column), depth, scale.data() + column,
                    packed.data() + column * depth, width);
   }
@@ -168,8 +169,8 @@ void check_all(Isa isa) {
   const auto next = [&] { return kActivations[turn++ % 7]; };
   const int64_t lanes = k.lanes;
   for (int64_t rows : {1, 2, 5, 6, 7, 13, 24, 49}) {
-    for (int64_t columns :
-         {int64_t(1), lanes - 1, lanes, lanes + 1, 2 * lanes, 3 * lanes - 1, 4 * lanes, 9 * lanes + 3}) {
+    for (int64_t columns : {int64_t(1), lanes / 2, lanes - 1, lanes, lanes + 1, 3 * lanes / 2, 2 * lanes, 3 * lanes - 1,
+                            4 * lanes, 9 * lanes + 3}) {
       if (columns > 0) check_gemm(k, rows, 1 + rows % 19 + columns % 5, columns, next());
     }
   }
