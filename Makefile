@@ -38,7 +38,7 @@ $(RUN):
 
 $(TORCH_STAMP): | $(RUN)
 	$(PIP) "setuptools>=64" wheel ninja packaging numpy
-	$(PIP) $(TORCH)
+	$(PIP) $(foreach word,$(TORCH),'$(word)')
 	rm -f $(VENV)/.torch-*
 	touch $@
 
@@ -61,6 +61,6 @@ $(LINT_DEPS): | $(RUN)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist benchmarks/results *.egg-info .pytest_cache .ruff_cache .hypothesis
 	rm -f mobilenet_fast/*.so mobilenet_fast/_build_info.py
 	find . -name __pycache__ -prune -exec rm -rf {} +
