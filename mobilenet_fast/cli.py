@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import platform
+import select
 import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from mobilenet_fast import models
 
 IMAGENET_MEAN_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MEAN_STD = {"efficientnet_lite0": ((127,) * 3, (128,) * 3)}  # others have torchvision's
+UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}  # Pillow knows these suffixes, but not how to read
 
 
 def class_names() -> list[str]:
@@ -61,10 +65,14 @@ def find_pictures(paths: list[str]) -> list[Path]:
     """The files named, and those with a picture's suffix in the folders named; an empty folder stays in the list."""
     from PIL import Image
 
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind not in UNREADABLE}
+
+    def is_picture(path):
+        return path.suffix.lower() in suffixes and path.is_file()
+
     found = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes) if path.is_dir() else []
+        inside = sorted(filter(is_picture, path.rglob("*"))) if path.is_dir() else []
         found += inside or [path]
     return found
 
@@ -73,19 +81,22 @@ def complain(message: str):
     print(f"mobilenet_fast: {message}", file=sys.stderr)
 
 
-def with_progress(items: list):
-    """Shows on a terminal's stderr how far a long list has come."""
-    if len(items) < 10 or not sys.stderr.isatty():
-        yield from items
-    elif find_spec("tqdm"):
-        from tqdm import tqdm
+def with_progress(work: Callable, items: list) -> Iterator:
+    """``map(work, items)``, with a bar on a terminal's stderr if there are many items.
 
-        yield from tqdm(items, unit="picture", leave=False)
-    else:
-        for done, item in enumerate(items):
-            print(f"\r{done}/{len(items)} pictures", end="", file=sys.stderr, flush=True)
-            yield item
-        print("\r\033[K", end="", file=sys.stderr)
+    The bar is there only while ``work`` runs, as results are likely to be printed on the same terminal.
+    """
+    shown = len(items) >= 10 and sys.stderr.isatty()
+    for done, item in enumerate(items):
+        if shown:
+            bar = "#" * (20 * done // len(items))
+            print(f"[{bar:<20}] {done}/{len(items)}", end="", file=sys.stderr, flush=True)
+        try:
+            result = work(item)
+        finally:
+            if shown:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+        yield result
 
 
 def load_model(name: str, weights: str | None) -> torch.nn.Module:
@@ -93,7 +104,7 @@ def load_model(name: str, weights: str | None) -> torch.nn.Module:
         raise SystemExit(f"mobilenet_fast: {name} needs --weights FILE, a state dict with torchvision's keys")
     try:
         return models.create_model(name, weights=weights or "imagenet").eval()
-    except (ImportError, OSError, RuntimeError, ValueError, UnpicklingError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"mobilenet_fast: can't load {name}: {error}") from None
 
 
@@ -103,17 +114,22 @@ def classify(options) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     fast = mobilenet_fast.accelerate(load_model(options.model, options.weights), (torch.zeros(1, 3, 224, 224),))
-    failures = 0
-    for path in with_progress(find_pictures(options.images)):
+
+    def best_of(path):
         try:
             picture = read_picture(path, options.model)
         except Exception as error:  # decoders of broken files raise anything
-            complain(f"{path}: skipped: {error}")
-            failures += 1
-            continue
-        lines = [f"{100 * p:6.2f} %  {name}" for name, p in best_classes(fast(picture[None])[0], options.top)]
-        print(path, *lines, sep="\n", flush=True)
-    return int(failures > 0)
+            return error
+        return best_classes(fast(picture[None])[0], options.top)
+
+    paths, failed = find_pictures(options.images), False
+    for path, best in zip(paths, with_progress(best_of, paths), strict=True):
+        if isinstance(best, Exception):
+            complain(f"{path}: skipped: {best}")
+            failed = True
+        else:
+            print(path, *(f"{100 * p:6.2f} %  {name}" for name, p in best), sep="\n", flush=True)
+    return int(failed)
 
 
 def info(options) -> int:
@@ -144,6 +160,47 @@ def positive(text: str) -> int:
     return value
 
 
+def thread_count(text: str) -> int:
+    value, cores = int(text), os.cpu_count() or 1
+    if not 1 <= value <= cores:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {cores}, the cores of this machine, got {text}")
+    return value
+
+
+def command_line(main: Callable) -> Callable:
+    """Lets a command end as a shell expects when it is interrupted, or when its output has nowhere to go."""
+
+    @wraps(main)
+    def run(arguments: list[str] | None = None) -> int:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be anything
+        try:
+            try:
+                return main(arguments)
+            finally:
+                sys.stdout.flush()  # what Python's own flush at the end meets can't be caught
+        except KeyboardInterrupt:
+            return 130  # SIGINT, in a shell's words
+        except OSError as error:
+            closed = isinstance(error, BrokenPipeError) and stdout_is_closed()  # and no other pipe
+            if not closed and error.errno != errno.ENOSPC:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for that flush at the end
+            if closed:
+                return 141  # SIGPIPE
+            complain(str(error))
+            return 1
+
+    return run
+
+
+def stdout_is_closed() -> bool:
+    """Whether the reader of a pipe is gone."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))
+
+
+@command_line
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("mobilenet_fast", description=mobilenet_fast.__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -153,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--model", default="efficientnet_lite0", choices=models.list_models())
     command.add_argument("--weights", metavar="FILE", help="a state dict with the model's weights")
     command.add_argument("--top", type=positive, default=5, help="how many classes to print (%(default)s)")
-    command.add_argument("--threads", type=positive, help="default: as many as torch uses")
+    command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
     command.set_defaults(run=classify)
 
     command = commands.add_parser("info", help="versions, instruction sets, threads, devices")

@@ -58,5 +58,26 @@ def test_unknown_names_are_refused():
         main(["operators", "--case", "nonsense"])
 
 
+@pytest.mark.parametrize(
+    "option", [["--case", "lite0"], ["--peer", "eager"], ["--batch", "2"], ["--out", "."]], ids=str
+)
+def test_the_demo_refuses_what_it_would_ignore(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", *option])
+    assert f"demo takes no {option[0]}" in capsys.readouterr().err
+
+
+def test_the_demo_is_listed_without_being_run(capsys):
+    assert main(["demo", "--list"]) == 0
+    assert capsys.readouterr().out.startswith("cases:\n  efficientnet_lite0\n")
+
+
+@pytest.mark.parametrize("option", ["--threads", "--batch"])
+def test_counts_are_positive(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["operators", option, "0"])
+    assert f"argument {option}: " in capsys.readouterr().err
+
+
 def test_text_table():
     assert report.text_table([["", "ms"], ["a", "1.5"], ["long", "10"]]) == "       ms\n---------\na     1.5\nlong   10"

@@ -12,11 +12,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import mobilenet_fast._C as C
 
 ROOT = Path(__file__).parents[1]
-OBJECTS = ROOT / "build" / "objects" / "csrc" / "kernels"
+OBJECTS = ROOT / "build" / "objects" / torch.__version__ / "csrc" / "kernels"
 WEAK = "WwVvu"
 
 

@@ -13,6 +13,7 @@ import mobilenet_fast
 from mobilenet_fast import _build_info
 
 PACKAGE = Path(mobilenet_fast.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def import_error(folder: Path, **environment) -> str:
@@ -43,6 +44,12 @@ def test_import_without_the_compiled_part(copy):
     assert "pip install --no-build-isolation ." in import_error(copy)
 
 
+def test_import_from_the_source_folder_after_an_install_elsewhere(copy):
+    (copy / "csrc").mkdir()
+    line = import_error(copy)
+    assert f"pip install --no-build-isolation -e .` in {copy}" in line and "or leave that folder" in line
+
+
 def test_import_with_another_torch(copy):
     (copy / "mobilenet_fast" / "_build_info.py").write_text('TORCH_VERSION = "1.9.1+cpu"\n')
     line = import_error(copy)
@@ -61,11 +68,33 @@ def test_import_with_an_unknown_instruction_set():
     assert all(isa in line for isa in mobilenet_fast._C.available_isas())
 
 
+def test_every_torch_has_its_own_objects():
+    code = """
+import setuptools, torch
+from distutils.core import run_setup
+torch.__version__ = "2.99.1+other"
+build = run_setup("setup.py", stop_after="init").get_command_obj("build_ext")
+build.ensure_finalized()
+print(build.build_temp)
+"""
+    pytest.importorskip("setuptools")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "build/objects/2.99.1+other"
+
+
+def test_make_passes_on_what_torch_is_asked_for(tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--dry-run", "build", f"VENV={tmp_path}", "TORCH=torch>=2.11 --pre"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "install --quiet --disable-pip-version-check 'torch>=2.11' '--pre'\n" in result.stdout
+
+
 def test_version_is_the_same_everywhere():
-    pyproject = PACKAGE.parent / "pyproject.toml"
-    if not pyproject.exists():
-        pytest.skip("not in a checkout")
-    assert re.search(r'^version = "(.*)"$', pyproject.read_text(), re.M)[1] == mobilenet_fast.__version__
+    assert (
+        re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1] == mobilenet_fast.__version__
+    )
 
 
 def test_typed():

@@ -1,3 +1,4 @@
+import io
 import os
 import subprocess
 import sys
@@ -52,13 +53,23 @@ def test_read_picture_refuses_what_it_would_saturate(tmp_path):
 
 
 def test_find_pictures(tmp_path):
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "empty").mkdir()
-    for name in ("b.JPG", "a.png", "notes.txt", "inner/c.jpeg"):
+    for folder in ("inner", "empty", "album.png"):
+        (tmp_path / folder).mkdir()
+    for name in ("b.JPG", "a.png", "notes.txt", "paper.pdf", "film.mpg", "inner/c.jpeg", "album.png/d.mpo"):
         (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe.png")
     found = cli.find_pictures([str(tmp_path), str(tmp_path / "notes.txt"), str(tmp_path / "empty")])
-    names = ["a.png", "b.JPG", "inner/c.jpeg", "notes.txt", "empty"]
+    names = ["a.png", "album.png/d.mpo", "b.JPG", "inner/c.jpeg", "notes.txt", "empty"]
     assert [p.relative_to(tmp_path).as_posix() for p in found] == names
+
+
+def test_no_suffix_is_taken_that_pillow_cannot_read():
+    from PIL import ImageFile
+
+    kinds = set(Image.registered_extensions().values()) - cli.UNREADABLE - {"MPO"}  # its JPEG reader takes MPO
+    assert kinds <= Image.OPEN.keys()
+    openers = [Image.OPEN[kind][0] for kind in kinds]
+    assert not [o for o in openers if isinstance(o, type) and issubclass(o, ImageFile.StubImageFile)]
 
 
 def test_classify_names_the_photographs(photographs, capsys):
@@ -88,20 +99,92 @@ def test_classify_tells_what_is_wrong_with_weights(photographs, tmp_path):
         cli.main(["classify", photographs[0], "--model", "mobilenet_v2", "--weights", str(tmp_path / "none.pth")])
     with pytest.raises(SystemExit, match="mobilenet_v2 needs --weights"):
         cli.main(["classify", photographs[0], "--model", "mobilenet_v2"])
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(SystemExit, match=r"can't load mobilenet_v2: .*text.pth is not a state_dict: [^\n]*$"):
+        cli.main(["classify", photographs[0], "--model", "mobilenet_v2", "--weights", str(tmp_path / "text.pth")])
 
 
-def test_progress_passes_everything_on(monkeypatch, capsys):
+def test_progress_is_gone_whenever_a_result_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(cli.with_progress(list(range(20)))) == list(range(20))
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    assert list(cli.with_progress(list(range(20)))) == list(range(20))
-    assert "19/20 pictures" in capsys.readouterr().err
+    shown = ""
+    for i, result in enumerate(cli.with_progress(lambda item: item + 1, list(range(20)))):
+        assert result == i + 1
+        shown = capsys.readouterr().err
+        assert f"{i}/20" in shown and shown.endswith("\r\033[K")
+    assert shown.count("#") == 19
+    assert list(cli.with_progress(str, [1, 2])) == ["1", "2"]
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_is_gone_after_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        list(cli.with_progress(lambda item: 1 // item, [0] * 20))
+    assert capsys.readouterr().err.endswith("\r\033[K")
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "9999999999"])
+def test_threads_are_bounded(count, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["classify", "a.png", "--threads", count])
+    assert f"--threads: must be from 1 to {os.cpu_count()}, the cores of this machine, got {count}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_output_takes_any_name(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    cli.command_line(lambda arguments: print("Kätzchen \udcff.png"))()
+    assert sys.stdout.buffer.getvalue() == b"K\\xe4tzchen \\udcff.png\n"
+
+
+def test_an_interrupted_command_ends_quietly(monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "info", interrupted)
+    assert cli.main(["info"]) == 130
+
+
+def info(**kwargs):
+    command = [sys.executable, "-m", "mobilenet_fast", "info"]
+    environment = {**os.environ, **kwargs.pop("env", {})}
+    return subprocess.run(command, **{"stderr": subprocess.PIPE, "text": True, "env": environment, **kwargs})
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_the_command_quietly(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        result = info(stdout=pipe, env={"PYTHONUNBUFFERED": unbuffered})
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_named(unbuffered):
+    with open("/dev/full", "w") as full:
+        result = info(stdout=full, env={"PYTHONUNBUFFERED": unbuffered})
+    assert (result.returncode, result.stderr) == (1, "mobilenet_fast: [Errno 28] No space left on device\n")
+
+
+def test_another_broken_pipe_is_no_quiet_end():
+    def main(arguments):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        cli.command_line(main)()
+
+
+def test_an_unknown_instruction_set_is_told_in_one_line():
+    result = info(stdout=subprocess.PIPE, env={"MOBILENET_FAST_ISA": "sse9"})
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and "mobilenet_fast: MOBILENET_FAST_ISA" in line
 
 
 def test_info_obeys_the_cap():
-    environment = dict(os.environ, MOBILENET_FAST_ISA="scalar")
-    command = [sys.executable, "-m", "mobilenet_fast", "info"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = info(stdout=subprocess.PIPE, env={"MOBILENET_FAST_ISA": "scalar"}, check=True)
     facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert facts["used"] == "scalar (MOBILENET_FAST_ISA=scalar)"
     assert facts["torch"] == torch.__version__

@@ -175,6 +175,38 @@ def test_wrong_weights_say_what_is_wrong(monkeypatch):
         models.efficientnet_lite0("imagenet")
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"hello", "is not a state_dict: KeyError"),
+        (b"", "is not a state_dict: EOFError"),
+        (b"PK\3\4", "is not a state_dict: RuntimeError"),
+        ([torch.ones(1)], "must hold a state_dict, got a list"),
+        (torch.ones(1), "must hold a state_dict, got a Tensor"),
+        ({"state_dict": 3}, "must hold a state_dict, got a int"),
+        ({"epoch": 3}, "must hold a state_dict, tensors by name, got a int for 'epoch'"),
+        ({0: torch.ones(1)}, "must hold a state_dict, tensors by name, got a Tensor for 0"),
+        (nn.Linear(1, 1), "is not a state_dict: UnpicklingError: Weights only load failed$"),
+    ],
+    ids=str,
+)
+def test_a_file_of_something_else_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as raised:
+        models.mobilenet_v3_small(path)
+    assert "\n" not in str(raised.value) and str(path) in str(raised.value)
+
+
+def test_another_networks_weights_are_refused(lite0):
+    theirs = {"_conv_stem.weight": lite0.conv_stem.weight, "_blocks.0._se_reduce.weight": torch.ones(1), "x": lite0.bn1}
+    with pytest.raises(RuntimeError, match="Unexpected key.*_blocks.0._se_reduce.weight"):
+        models.efficientnet_lite0(theirs)
+
+
 def test_registry():
     assert models.list_models() == sorted(PAIRS)
     assert isinstance(models.create_model("mobilenet_v3_small", num_classes=2), models.MobileNetV3)

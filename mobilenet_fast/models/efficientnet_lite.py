@@ -5,7 +5,6 @@ Le, 2019, arXiv:1905.11946), table 1, without squeeze-and-excitation and with Re
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ def efficientnet_lite0(
 
     Raises:
         ImportError: ``weights="imagenet"`` without the package.
-        ValueError: ``weights`` is neither that name nor a file.
+        ValueError: ``weights`` is neither that name nor the file of a state_dict.
         RuntimeError: ``weights`` are another model's.
     """
     model = EfficientNetLite(num_classes, in_chans, dropout)
@@ -147,7 +146,7 @@ def _to_timm_keys(state: StateDict) -> StateDict:
     if "_conv_stem.weight" not in state:
         return state
     places = [(stage, i) for stage, row in enumerate(_LITE0) for i in range(row[0])]
-    outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    layers = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     inverted = {
         "_expand_conv": "conv_pw",
@@ -157,13 +156,12 @@ def _to_timm_keys(state: StateDict) -> StateDict:
         "_project_conv": "conv_pwl",
         "_bn2": "bn3",
     }
+    for number, (stage, i) in enumerate(places):
+        for theirs, ours in (inverted if stage else separable).items():
+            layers[f"_blocks.{number}.{theirs}"] = f"blocks.{stage}.{i}.{ours}"
 
     def rename(key: str) -> str:
-        block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
-        if block is None:
-            layer, entry = key.split(".")
-            return f"{outside[layer]}.{entry}"
-        stage, i = places[int(block[1])]
-        return f"blocks.{stage}.{i}.{(inverted if stage else separable)[block[2]]}.{block[3]}"
+        layer, _, entry = key.rpartition(".")
+        return f"{layers[layer]}.{entry}" if layer in layers else key  # others are for load_state_dict to refuse
 
     return {rename(key): value for key, value in state.items()}

@@ -40,6 +40,26 @@ def create_model(name: str, **kwargs) -> nn.Module:
     return _BUILDERS[name](**kwargs)
 
 
+def _read_state_dict(path: str | os.PathLike) -> StateDict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # says itself what is wrong
+        raise
+    except Exception as error:  # what a file of another kind makes of torch's reader can be anything
+        reason = str(error).split("\n")[0].split(". ")[0]  # advice on how to load it unsafely follows
+        raise ValueError(f"weights: {path} is not a state_dict: {type(error).__name__}: {reason}") from error
+    if isinstance(state, Mapping):
+        state = state.get("state_dict", state)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"weights: {path} must hold a state_dict, got a {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"weights: {path} must hold a state_dict, tensors by name, got a {type(value).__name__} for {key!r}"
+            )
+    return state
+
+
 def load_weights(
     model: nn.Module,
     weights: Weights | None,
@@ -55,7 +75,7 @@ def load_weights(
         rename: brings a state_dict of another origin to the model's keys.
 
     Raises:
-        ValueError: there is neither a file nor named weights of that name.
+        ValueError: there is neither a file nor named weights of that name, or the file holds something else.
         RuntimeError: the state_dict isn't this model's.
     """
     if weights is None:
@@ -66,8 +86,7 @@ def load_weights(
     elif weights in named:
         state = named[weights]()
     elif os.path.isfile(weights):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+        state = _read_state_dict(weights)
     else:
         choices = f"one of {', '.join(map(repr, named))}, or " if named else "(none are known here by name) "
         raise ValueError(f"weights must be {choices}the path of a state_dict, or a state_dict; got {weights!r}")
