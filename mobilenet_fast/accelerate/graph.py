@@ -2,10 +2,9 @@
 
 Operations: ``conv2d`` and ``linear`` (dense, pointwise, depthwise: one node with weights, see :class:`Weights`),
 ``batch_norm``, ``activation``, ``add``, ``mul``, ``add_scalar``, ``mul_scalar``, ``global_avg_pool``, ``pool2d``
-(maxima or means over windows), ``cat`` (of channels), ``pad``, ``expand``, ``reshape``, ``squeeze_excite`` (its result
-is the gate), ``gate`` (x times a gate), ``input``, ``aten`` for everything else, and ``result`` for one of several results of such a call. Shapes are concrete: a graph belongs to one
-input shape.
-"""
+(maxima or means over windows), ``cat`` (of channels), ``pad``, ``expand``, ``reshape``, ``squeeze_excite`` (its
+result is the gate), ``gate`` (x times a gate), ``input``, ``aten`` for everything else, and ``result`` for one of
+several results of such a call. Shapes are concrete: a graph belongs to one input shape."""
 
 from __future__ import annotations
 
