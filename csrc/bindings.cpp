@@ -113,25 +113,28 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   const auto isa_of = [](const std::string& name) { return choose_isa("Plan", name); };
   const auto act_of = [](const std::string& name) { return parse_activation("Plan", name); };
   py::class_<NetworkWeights>(m, "NetworkWeights").def(py::init<>());
-  m.def(
-      "pack_conv2d",
-      [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa, NetworkWeights& memory) {
-        return pack_conv2d(weight, bias, std::nullopt, isa_of(isa), memory);
-      },
-      py::arg("weight"), py::arg("bias"), py::arg("isa"), py::arg("memory"));
-  m.def(
-      "pack_depthwise_conv2d",
-      [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa, NetworkWeights& memory) {
-        return pack_depthwise_conv2d(weight, bias, std::nullopt, isa_of(isa), memory);
-      },
-      py::arg("weight"), py::arg("bias"), py::arg("isa"), py::arg("memory"));
+  const auto def_pack = [&](const char* name, auto pack) {
+    m.def(
+        name,
+        [=](const at::Tensor& weight, const OptionalTensor& bias, const std::string& isa, NetworkWeights& memory) {
+          return pack(weight, bias, isa_of(isa), memory);
+        },
+        py::arg("weight"), py::arg("bias"), py::arg("isa"), py::arg("memory"));
+  };
+  def_pack("pack_conv2d", [](const at::Tensor& weight, const OptionalTensor& bias, Isa isa, WeightMemory& memory) {
+    return pack_conv2d(weight, bias, std::nullopt, isa, memory);
+  });
+  def_pack("pack_depthwise_conv2d",
+           [](const at::Tensor& weight, const OptionalTensor& bias, Isa isa, WeightMemory& memory) {
+             return pack_depthwise_conv2d(weight, bias, std::nullopt, isa, memory);
+           });
+  def_pack("pack_winograd", pack_winograd);
   m.def(
       "fold_batch_norm",
       [](const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
          double eps) { return fold_batch_norm(mean, var, weight, bias, eps, current_isa()); },
       py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"));
   m.def("l2_cache_bytes", &l2_cache_bytes);
-  m.def("depthwise_sum_parts", &depthwise_sum_parts);
 
   py::class_<ValueRef>(m, "ValueRef").def(py::init<int64_t>()).def_readonly("index", &ValueRef::index);
   py::class_<Plan>(m, "Plan")
@@ -168,6 +171,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("y_shape"), py::arg("packed"), py::arg("window"),
           py::arg("activation"), py::arg("x"), py::arg("y"), py::arg("residual"))
+      .def(
+          "add_winograd",
+          [=](Plan& plan, const std::string& isa, Quad x_shape, Quad y_shape, const at::Tensor& packed, int64_t pad_top,
+              int64_t pad_left, const std::string& activation, int x, int y) {
+            plan.add(make_winograd(isa_of(isa), image_shape(x_shape), image_shape(y_shape), packed, pad_top, pad_left,
+                                   act_of(activation), x, y));
+          },
+          py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("y_shape"), py::arg("packed"), py::arg("pad_top"),
+          py::arg("pad_left"), py::arg("activation"), py::arg("x"), py::arg("y"))
       .def(
           "add_depthwise_conv2d",
           [=](Plan& plan, const std::string& isa, Quad x_shape, Quad y_shape, const at::Tensor& packed,

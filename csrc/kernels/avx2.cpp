@@ -17,6 +17,8 @@
 #include "kernels/pack.h"
 #include "kernels/pool.h"
 #include "kernels/squeeze_excite.h"
+#include "kernels/winograd.h"
+// The table last: it lists them all.
 #include "kernels/table.h"
 #pragma GCC pop_options
 namespace mobilenet_fast {

@@ -87,30 +87,28 @@ template <class T, int kKernel, int kStride, int kRows, int kColumns, bool kBord
     filter_rows<T, kKernel, kStride, 1, 2, kBorder, kTail>(d, x, w, count[2], tile.column, n, acc);
   }
   activate_accumulators<T>(d.activation, acc);
-  T* y = tile.y + channel;
-  auto sum = V::set1(0);
+  typename V::Reg sums[kRows];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
+    T* y = tile.y + r * d.y_row_stride + channel;
+    sums[r] = V::set1(0);
 #pragma GCC unroll 16
     for (int o = 0; o < kColumns; ++o) {
-      store<T, kTail>(y + r * d.y_row_stride + o * d.y_pixel_stride, acc[r][o], n);
-      sum = V::add(sum, acc[r][o]);
+      store<T, kTail>(y + o * d.y_pixel_stride, acc[r][o], n);
+      sums[r] = V::add(sums[r], acc[r][o]);
     }
-  }
-  if (!is_cheap(d.activation)) {
-    sum = V::set1(0);
-    for (int r = 0; r < kRows; ++r) {
-      for (int o = 0; o < kColumns; ++o) {
-        T* out = y + r * d.y_row_stride + o * d.y_pixel_stride;
-        const auto value = activate<T>(d.activation, load<T, kTail>(out, n));
-        store<T, kTail>(out, value, n);
-        sum = V::add(sum, value);
+    if (!is_cheap(d.activation)) {
+      sums[r] = V::set1(0);
+      for (int o = 0; o < kColumns; ++o, y += d.y_pixel_stride) {
+        const auto value = activate<T>(d.activation, load<T, kTail>(y, n));
+        store<T, kTail>(y, value, n);
+        sums[r] = V::add(sums[r], value);
       }
     }
-  }
-  if (tile.sums != nullptr) {
-    T* s = tile.sums + channel;
-    store<T, kTail>(s, V::add(load<T, kTail>(s, n), sum), n);
+    if (tile.sums != nullptr) {
+      T* s = tile.sums + r * d.sums_stride + channel;
+      store<T, kTail>(s, V::add(load<T, kTail>(s, n), sums[r]), n);
+    }
   }
 }
 
@@ -164,7 +162,7 @@ void depthwise_row_of_tiles(const DepthwiseArgs<T>& d, int64_t oy) {
   tile.row_count[1] = rows_inside(kShared, kKernel, low, high);
   tile.row_count[2] = rows_inside(kKernel, kKernel + kShared, low, high);
   tile.weight = d.weight + low * kKernel * d.tap_stride;
-  tile.sums = d.sums == nullptr ? nullptr : d.sums + (oy - d.row_begin) / kDepthwiseSumRows * d.sums_stride;
+  tile.sums = d.sums == nullptr ? nullptr : d.sums + (oy - d.row_begin) * d.sums_stride;
   const int64_t tiles = (d.out_width + kColumns - 1) / kColumns;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t ox = t * d.out_width / tiles;
@@ -221,7 +219,7 @@ void depthwise_vector_any(const DepthwiseArgs<T>& d, int64_t oy, int64_t ox, int
     sum = V::add(sum, value);
   }
   if (d.sums != nullptr) {
-    T* s = d.sums + (oy - d.row_begin) / kDepthwiseSumRows * d.sums_stride + channel;
+    T* s = d.sums + (oy - d.row_begin) * d.sums_stride + channel;
     store<T, kTail>(s, V::add(load<T, kTail>(s, n), sum), n);
   }
 }

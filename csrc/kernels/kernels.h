@@ -39,10 +39,8 @@ struct GemmArgs {
 };
 
 // Output rows [row_begin, row_end) of one image and one range of channels. The weight is stored tap by tap,
-// `tap_stride` elements apart. Where `sums` is given, the outputs of each kDepthwiseSumRows rows from row_begin on are
-// added up per channel into its rows, `sums_stride` elements apart, which hold zeros before.
-inline constexpr int kDepthwiseSumRows = 2;
-
+// `tap_stride` elements apart. Where `sums` is given, the outputs of each row from row_begin on are added up per
+// channel into its rows, `sums_stride` elements apart, which hold zeros before.
 template <class T>
 struct DepthwiseArgs {
   const T* x;
@@ -56,6 +54,20 @@ struct DepthwiseArgs {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   T* sums;
   int64_t sums_stride;
+  Activation activation;
+};
+
+// The tiles [tile_begin, tile_end) of one image, in rows of `tiles_across`, in Winograd's transformed space: 36 planes,
+// `plane_stride` elements apart, of a row of `channels` a tile, `tile_stride` apart. The image (the convolution's input
+// or its output) has the sizes and strides given; padding is that of the input.
+template <class T>
+struct WinogradArgs {
+  const T* image;  // to transform from
+  T* output;       // to transform to
+  int64_t image_row_stride, image_pixel_stride, image_height, image_width, pad_top, pad_left;
+  T* tiles;
+  int64_t tile_begin, tile_end, tiles_across, tile_stride, plane_stride, channels;
+  const T* bias;  // of the outputs
   Activation activation;
 };
 
@@ -99,6 +111,8 @@ struct Kernels {
   void (*gemm)(const GemmArgs<T>&);
   void (*depthwise_conv2d)(const DepthwiseArgs<T>&);
   void (*pool2d)(const PoolArgs<T>&);
+  void (*winograd_input)(const WinogradArgs<T>&);
+  void (*winograd_output)(const WinogradArgs<T>&);
   void (*scale_shift_act)(const ScaleShiftArgs<T>&);
   // y[i] = activation(x[i] * scale + shift), i < n: one plane of a contiguous tensor.
   void (*scale_shift_act_plane)(const T* x, T* y, int64_t n, T scale, T shift, Activation activation);

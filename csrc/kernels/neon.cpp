@@ -15,6 +15,8 @@
 #include "kernels/pack.h"
 #include "kernels/pool.h"
 #include "kernels/squeeze_excite.h"
+#include "kernels/winograd.h"
+// The table last: it lists them all.
 #include "kernels/table.h"
 
 namespace mobilenet_fast {

@@ -14,6 +14,8 @@ static Kernels<T> table(Isa isa) {
           gemm<T>,
           depthwise_conv2d<T>,
           pool2d<T>,
+          winograd_input<T>,
+          winograd_output<T>,
           scale_shift_act<T>,
           scale_shift_act_plane<T>,
           add_act<T>,

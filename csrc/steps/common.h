@@ -91,6 +91,9 @@ at::Tensor pack_conv2d(const at::Tensor& weight, const OptionalTensor& bias, con
                        WeightMemory& memory);
 // Whether a convolution reads a contiguous image plane by plane: few channels and more than one tap.
 constexpr bool packs_planes(int64_t channels, int64_t taps) { return channels <= 4 && taps > 1; }
+// The weights of a 3×3 convolution transformed for make_winograd: the bias and a panel of zeros, then panel by panel 36
+// matrices as above.
+at::Tensor pack_winograd(const at::Tensor& weight, const OptionalTensor& bias, Isa isa, WeightMemory& memory);
 // A depthwise convolution's: the bias, then the taps, each padded to whole vectors. `weight` is (C, 1, kH, kW).
 at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
                                  Isa isa, WeightMemory& memory);
@@ -108,8 +111,8 @@ struct ImageShape {  // N × H × W × C
 };
 
 // The steps. Buffers are indices into Work::buffers, -1 for none; all are dense N × H × W × C unless said otherwise.
-// The outputs of make_pointwise_conv2d, make_conv2d, make_pool2d and make_scale_shift_act may be slices of the channels
-// of a larger tensor.
+// The outputs of make_pointwise_conv2d, make_conv2d, make_winograd, make_pool2d and make_scale_shift_act may be slices
+// of the channels of a larger tensor.
 
 // y = activation(conv1x1(x · gate) + residual); `gate` is (N, C).
 std::unique_ptr<Step> make_pointwise_conv2d(Isa isa, ImageShape x_shape, int64_t out_channels, const at::Tensor& packed,
@@ -117,10 +120,12 @@ std::unique_ptr<Step> make_pointwise_conv2d(Isa isa, ImageShape x_shape, int64_t
 // A dense convolution. Reads any strides of x, which must be set in its buffer.
 std::unique_ptr<Step> make_conv2d(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed,
                                   Window window, Activation activation, int x, int y, int residual);
-// `sums`, where given, is (N, depthwise_sum_parts(y_shape), C): sums of the outputs over strips of rows.
+// `sums`, where given, is (N, H, C): sums of the outputs of each row, which so do not depend on who computes them.
 std::unique_ptr<Step> make_depthwise_conv2d(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed,
                                             Window window, Activation activation, int x, int y, int sums);
-int64_t depthwise_sum_parts(int64_t out_height);
+// A dense 3×3 convolution of stride 1 from weights that pack_winograd gives.
+std::unique_ptr<Step> make_winograd(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed,
+                                    int64_t pad_top, int64_t pad_left, Activation activation, int x, int y);
 // The L2 cache of this CPU, or a cautious guess where the system does not tell.
 int64_t l2_cache_bytes();
 // y = project(depthwise(expand(x))) + residual, or without `expand` or `project` where that is undefined; `sums` as for

@@ -2,8 +2,6 @@
 
 namespace mobilenet_fast {
 
-int64_t depthwise_sum_parts(int64_t out_height) { return (out_height + kDepthwiseSumRows - 1) / kDepthwiseSumRows; }
-
 namespace {
 
 template <class T>
@@ -24,10 +22,8 @@ class DepthwiseConv2d final : public Step {
   void run(const Work& work) const override {
     const int64_t channels = y_shape_.c, lanes = kernels_.lanes;
     const int64_t vectors = (channels + lanes - 1) / lanes;
-    // Whole tiles of rows, and sums that do not depend on who computes them.
-    const int64_t strips = depthwise_sum_parts(y_shape_.h);
     Range unit_range, vector_range;
-    work.team.share(y_shape_.n * strips, vectors, &unit_range, &vector_range);
+    work.team.share(y_shape_.n * y_shape_.h, vectors, &unit_range, &vector_range);
     if (unit_range.size() == 0 || vector_range.size() == 0) return;
 
     const int64_t channel = vector_range.begin * lanes;
@@ -58,18 +54,18 @@ class DepthwiseConv2d final : public Step {
     T* sums = work.buffer<T>(sums_);
     args.sums_stride = channels;
     for (int64_t unit = unit_range.begin; unit < unit_range.end;) {
-      const int64_t image = unit / strips, strip = unit % strips;
-      const int64_t last = std::min(unit_range.end - image * strips, strips);
+      const int64_t image = unit / y_shape_.h, first = unit % y_shape_.h;
+      const int64_t rows = std::min(unit_range.end - unit, y_shape_.h - first);
       args.x = x + image * x_shape_.pixels() * x_shape_.c;
       args.y = y + image * y_shape_.pixels() * channels;
-      args.row_begin = strip * kDepthwiseSumRows;
-      args.row_end = std::min(last * kDepthwiseSumRows, y_shape_.h);
+      args.row_begin = first;
+      args.row_end = first + rows;
       if (sums != nullptr) {
         args.sums = sums + unit * channels + channel;
-        for (int64_t s = 0; s < last - strip; ++s) std::fill_n(args.sums + s * channels, args.channels, T(0));
+        for (int64_t row = 0; row < rows; ++row) std::fill_n(args.sums + row * channels, args.channels, T(0));
       }
       kernels_.depthwise_conv2d(args);
-      unit += last - strip;
+      unit += rows;
     }
   }
 

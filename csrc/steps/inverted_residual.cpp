@@ -15,22 +15,21 @@ class InvertedResidual final : public Step {
  public:
   InvertedResidual(Isa isa, const InvertedResidualSpec& spec)
       : kernels_(kernels<T>(isa)), spec_(spec), x_(spec.x_shape), y_(spec.y_shape), hidden_(spec.hidden_channels) {
-    // As many rows as keep the scratch in half of the L2 cache, in whole tiles of the depthwise kernel.
+    // As many rows as keep the scratch in half of the L2 cache.
     const int64_t most = l2_cache_bytes() / 2 / static_cast<int64_t>(sizeof(T));
-    strip_rows_ = round_up(y_.h, kDepthwiseSumRows);
-    while (strip_rows_ > kDepthwiseSumRows && scratch_elements(strip_rows_) > most) strip_rows_ -= kDepthwiseSumRows;
+    strip_rows_ = y_.h;
+    while (strip_rows_ > 1 && scratch_elements(strip_rows_) > most) --strip_rows_;
+    if (strip_rows_ > 1) strip_rows_ -= strip_rows_ % 2;  // tiles of the depthwise kernel have two rows
   }
 
   void run(const Work& work) const override {
-    const int64_t strips = depthwise_sum_parts(y_.h), strip_units = strip_rows_ / kDepthwiseSumRows;
-    const Range range = work.team.share(y_.n * strips);
+    const Range range = work.team.share(y_.n * y_.h);
     T* expanded = reinterpret_cast<T*>(work.thread_scratch);
     T* filtered = expanded + expanded_elements(strip_rows_);
     int64_t held_image = -1, held_begin = 0, held_end = 0;  // expanded input rows in scratch
     for (int64_t unit = range.begin; unit < range.end;) {
-      const int64_t image = unit / strips, strip = unit % strips;
-      const int64_t last = std::min({strip + strip_units, strips, range.end - image * strips});
-      const Range rows = {strip * kDepthwiseSumRows, std::min(last * kDepthwiseSumRows, y_.h)};
+      const int64_t image = unit / y_.h, first = unit % y_.h;
+      const Range rows = {first, std::min({first + strip_rows_, y_.h, range.end - image * y_.h})};
       const Window& w = spec_.window;
       const int64_t begin = std::clamp<int64_t>(rows.begin * w.stride_h - w.pad_top, 0, x_.h);
       const int64_t end = std::clamp<int64_t>(
@@ -59,7 +58,7 @@ class InvertedResidual final : public Step {
         if (residual != nullptr) residual += (image * y_.h + rows.begin) * y_.w * y_.c;
         multiply(spec_.project, spec_.project_activation, filtered, hidden_, y_.c, rows.size() * y_.w, residual, y);
       }
-      unit += last - strip;
+      unit += rows.size();
     }
   }
 
@@ -133,7 +132,7 @@ class InvertedResidual final : public Step {
     args.activation = spec_.depthwise_activation;
     args.sums = sums;
     args.sums_stride = hidden_;
-    if (sums != nullptr) std::fill_n(sums, depthwise_sum_parts(rows.size()) * hidden_, T(0));
+    if (sums != nullptr) std::fill_n(sums, rows.size() * hidden_, T(0));
     kernels_.depthwise_conv2d(args);
   }
 

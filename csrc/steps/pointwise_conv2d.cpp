@@ -26,15 +26,40 @@ class PointwiseConv2d final : public Step {
     rows_per_block_ = std::max<int64_t>(kernels_.panel_rows, l2_cache_bytes() / 4 / row_bytes);
   }
 
+  // Where activations are larger than the weights, each thread takes some of the rows, and finds most of them in its
+  // cache. Else the product's tiles are dealt panel by panel, so that each thread reads a part of the weights: it may
+  // share its first and its last panel with others, and computes some of the rows of those.
   void run(const Work& work) const override {
     const int64_t rows = shape_.n * shape_.pixels();
-    // Rows are dealt in the micro-kernel's own number, panels whole.
-    const int64_t units = (rows + kernels_.panel_rows - 1) / kernels_.panel_rows;
-    Range unit_range, panel_range;
-    work.team.share(units, panels_, &unit_range, &panel_range);
-    const Range row_range = {rows * unit_range.begin / units, rows * unit_range.end / units};
-    if (rows == 0 || row_range.size() == 0 || panel_range.size() == 0) return;
+    if (rows == 0) return;
+    if (rows * (shape_.c + columns_) >= shape_.c * columns_) {
+      multiply(work, work.team.share(rows), {0, panels_});
+      return;
+    }
+    const int64_t tiles = (rows + kernels_.panel_rows - 1) / kernels_.panel_rows;
+    const Range range = work.team.share(tiles * panels_);
+    for (int64_t tile = range.begin; tile < range.end;) {
+      const int64_t panel = tile / tiles, first = tile % tiles;
+      const int64_t whole = first == 0 ? (range.end - tile) / tiles : 0;
+      const int64_t last = whole > 0 ? tiles : std::min(tiles, first + range.end - tile);
+      multiply(work, {rows * first / tiles, rows * last / tiles}, {panel, panel + std::max<int64_t>(whole, 1)});
+      tile += whole > 0 ? whole * tiles : last - first;
+    }
+  }
 
+  size_t thread_scratch_bytes() const override {
+    const int64_t rows = std::min(rows_per_block_, shape_.n * shape_.pixels());
+    return gate_ < 0 ? 0 : static_cast<size_t>(rows * shape_.c) * sizeof(T);
+  }
+
+  std::string describe() const override {
+    return "gemm " + std::to_string(shape_.n * shape_.pixels()) + "×" + std::to_string(shape_.c) + "×" +
+           std::to_string(columns_) + ", " + std::to_string(panels_) + (panels_ == 1 ? " panel" : " panels");
+  }
+
+ private:
+  void multiply(const Work& work, Range row_range, Range panel_range) const {
+    if (row_range.size() == 0) return;
     const int64_t offset = 0;
     GemmArgs<T> args{};
     args.a_stride = shape_.c;
@@ -81,17 +106,6 @@ class PointwiseConv2d final : public Step {
     }
   }
 
-  size_t thread_scratch_bytes() const override {
-    const int64_t rows = std::min(rows_per_block_, shape_.n * shape_.pixels());
-    return gate_ < 0 ? 0 : static_cast<size_t>(rows * shape_.c) * sizeof(T);
-  }
-
-  std::string describe() const override {
-    return "gemm " + std::to_string(shape_.n * shape_.pixels()) + "×" + std::to_string(shape_.c) + "×" +
-           std::to_string(columns_) + ", " + std::to_string(panels_) + (panels_ == 1 ? " panel" : " panels");
-  }
-
- private:
   const Kernels<T>& kernels_;
   ImageShape shape_;
   int64_t columns_, vectors_, panels_, rows_per_block_;

@@ -91,13 +91,12 @@ void check_depthwise(const Kernels<T>& k, int64_t size, int64_t channels, int64_
   if (size + 2 * pad < reach) return;
   const int64_t out = (size + 2 * pad - reach) / stride + 1;
   const auto x = random<T>(size * size * channels), w = random<T>(kernel * kernel * channels), b = random<T>(channels);
-  const int64_t strips = (out + kDepthwiseSumRows - 1) / kDepthwiseSumRows;
-  std::vector<T> y(out * out * channels + 1, T(77)), sums(strips * channels, T(0));
+  std::vector<T> y(out * out * channels + 1, T(77)), sums(out * channels, T(0));
   k.depthwise_conv2d({x.data(), size * channels, channels,       size,     size,      w.data(), channels,
                       b.data(), y.data(),        out * channels, channels, 0,         out,      out,
                       channels, kernel,          kernel,         stride,   stride,    pad,      pad,
                       dilation, dilation,        sums.data(),    channels, activation});
-  std::vector<double> totals(strips * channels, 0.0);
+  std::vector<double> totals(out * channels, 0.0);
   for (int64_t oy = 0; oy < out; ++oy) {
     for (int64_t ox = 0; ox < out; ++ox) {
       for (int64_t c = 0; c < channels; ++c) {
@@ -110,13 +109,13 @@ void check_depthwise(const Kernels<T>& k, int64_t size, int64_t channels, int64_
           }
         }
         const double value = activate(activation, sum);
-        totals[oy / kDepthwiseSumRows * channels + c] += value;
+        totals[oy * channels + c] += value;
         expect<T>("depthwise", y[(oy * out + ox) * channels + c], value, kernel * kernel);
       }
     }
   }
-  for (int64_t i = 0; i < strips * channels; ++i) {
-    expect<T>("depthwise sums", sums[i], totals[i], kernel * kernel * out * kDepthwiseSumRows);
+  for (int64_t i = 0; i < out * channels; ++i) {
+    expect<T>("depthwise sums", sums[i], totals[i], kernel * kernel * out);
   }
   expect<T>("depthwise past the end", y[out * out * channels], 77, 0);
 }
