@@ -20,6 +20,7 @@ import torch
 from helpers import import_torchvision
 from model_parity import pictures, randomise_batch_norm
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import mobilenet_fast
 from mobilenet_fast import AcceleratedModule, accelerate, load
@@ -283,6 +284,33 @@ def test_compiling_a_larger_model(larger, x):
     torch._dynamo.reset()
 
 
+def test_accelerating_a_model_with_compiled_parts(model, x):
+    def backend(graph, examples):
+        def run(*inputs):
+            # As inductor's code does, which would crash on tensors that have no memory.
+            assert not any(isinstance(value, FakeTensor) for value in inputs)
+            return graph(*inputs)
+
+        return run
+
+    relu = torch.compile(torch.relu, backend=backend)
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return relu(self.net(x))
+
+    compiled = torch.compile(model, backend=backend)
+    for module in (compiled, nn.Sequential(compiled).eval(), Calls().eval()):
+        same(module, module, x)  # compiles it
+        fast = accelerate(module, x, strict=True)
+        assert same(fast, module, x) and same(fast, module, x[:1]) and len(fast._captures) == 1
+    torch._dynamo.reset()
+
+
 def test_accelerating_a_model_that_holds_an_accelerated_one(larger, x):
     plain, fast = larger
     twice = accelerate(fast, x, strict=True)
@@ -303,7 +331,6 @@ def test_transforms_do_not_go_wrong_silently(model, x):
 
 
 def test_fake_tensors_and_modes_see_plain_operations(larger, x):
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     plain, fast = larger
@@ -413,6 +440,12 @@ def test_models_that_are_refused(model, x):
         accelerate(partly)
     with pytest.raises(ValueError, match="^accelerate: model must be on the CPU, got '0.weight' on meta$"):
         accelerate(copy.deepcopy(model).to("meta"))
+    scripted = torch.jit.script(model)
+    for torchscript in (scripted, torch.jit.trace(model, x)):
+        with pytest.raises(NotImplementedError, match="^accelerate: model must be Python, but it is TorchScript;"):
+            accelerate(torchscript, x)
+    with pytest.raises(NotImplementedError, match="but its '1' is TorchScript; accelerate what that was made from$"):
+        accelerate(nn.Sequential(nn.Identity(), scripted).eval())
     uncopiable = copy.deepcopy(model)
     uncopiable.computed = uncopiable[0].weight * 2
     with pytest.raises(ValueError, match="^accelerate: Sequential cannot be copied: Only Tensors created explicitly"):

@@ -117,7 +117,8 @@ class AcceleratedModule(nn.Module):
         capture = next((c for c in self._captures if c.spec == spec and c.serves(leaves)), None)
         known = capture is not None
         if not known:
-            with _capture_lock:
+            # What torch.compile made of a part reads the memory of its inputs, which those of a capture do not have.
+            with _capture_lock, torch.compiler.set_stance("force_eager"):
                 capture = _capture(_frozen_copy(self._model), args, kwargs)
         plan = build(optimise(capture.lower(leaves, _state(self._model))), self._packed, _C.cpu_isa())
         if self.strict and plan.report.fallbacks:
@@ -272,7 +273,8 @@ def accelerate(
         TypeError: ``model`` is no module; at a call, an input is of another dtype than the model takes.
         ValueError: the model is in training mode, cannot be copied, or is not on the CPU; at a call, an input is on
             another device, or has another rank or channel count than the model takes.
-        NotImplementedError: ``torch.export`` cannot capture the model, or the model changes its own weights.
+        NotImplementedError: ``torch.export`` cannot capture the model, the model changes its own weights, or a part of
+            it is TorchScript.
         RuntimeError: at a call with gradients enabled, an input requires grad.
     """
     if not isinstance(model, nn.Module):
@@ -280,8 +282,12 @@ def accelerate(
     # What torch.export made refuses eval() by a method of its own: its mode was settled then, whatever its flags say.
     exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
     for name, module in model.named_modules():
+        where = f"its '{name}' is" if name else "it is"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotImplementedError(
+                f"accelerate: model must be Python, but {where} TorchScript; accelerate what that was made from"
+            )
         if module.training and not exported:
-            where = f"its '{name}' is" if name else "it is"
             raise ValueError(f"accelerate: model must be in evaluation mode, but {where} in training mode; call eval()")
     for name, tensor in _state(model).items():
         if tensor.device.type != "cpu":
