@@ -211,6 +211,40 @@ def test_other_tensors_run_in_pytorch(calls):
         assert calls == ["depthwise_conv2d"]
 
 
+def test_a_wrong_number_of_channels_is_pytorchs_to_refuse(calls):
+    """Not a channel multiplier, as which the kernel would take any that divides the filters' number."""
+    conv, norm = fast.DepthwiseConv2d(8, 16, 3), nn.BatchNorm2d(16)
+    layers = (
+        conv,
+        fast.Conv2dSame(8, 8, 3, 2, groups=8),
+        fast.SeparableConv2d(8, 4),
+        fast.FusedSequential(conv, norm, nn.ReLU()),
+        fast.FusedSequential(fast.Conv2dSame(8, 16, 3, groups=8), norm),
+        fast.InvertedResidual(8, 8, 8),
+    )
+    with torch.no_grad():
+        for layer in layers:
+            layer.eval()(torch.ones(2, 8, 9, 9))
+            for channels in (1, 4, 16):
+                with pytest.raises(RuntimeError, match=rf"to have 8 channels, but got {channels} channels"):
+                    layer(torch.ones(2, channels, 9, 9))
+    assert calls.count("depthwise_conv2d") == len(layers)
+
+
+def test_settings_changed_later_count():
+    x = input64(2, 6, 7, 7)
+    for changes in ({"stride": (2, 2)}, {"padding": (1, 0)}, {"stride": 2, "padding": 1}, {"groups": 2}):
+        for ours in (fast.PointwiseConv2d(6, 6), fast.DepthwiseConv2d(6, 6, 3)):
+            randomised(ours)
+            for name, value in changes.items():
+                setattr(ours, name, value)
+            if "groups" in changes:
+                ours.weight = nn.Parameter(torch.randn(6, 3, *ours.kernel_size, dtype=torch.float64))
+            expected = F.conv2d(x, ours.weight, ours.bias, ours.stride, ours.padding, 1, ours.groups).detach()
+            with torch.no_grad():
+                assert_same(ours(x), expected)
+
+
 def test_lazily_negated_input():
     conv = randomised(fast.ConvNormAct(4, 4, groups=4))
     x = torch.complex(*input64(2, 1, 4, 5, 5)).conj().imag
@@ -602,6 +636,9 @@ def test_changes_count_from_the_next_call(calls):
     def change_stride():
         conv.stride = (2, 2)
 
+    def move_bound():
+        chain[2].max_val = 0.5
+
     def take_module():
         del chain[2]
 
@@ -614,6 +651,7 @@ def test_changes_count_from_the_next_call(calls):
         change_eps,
         load,
         change_stride,
+        move_bound,
         take_module,
     )
     with torch.no_grad():

@@ -113,9 +113,11 @@ def activation_of(kind: type) -> str | None:
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """`activation_of` the module's type; None as well if a hook wants to see the module called."""
+    """`activation_of` the module's type; None as well if a hook wants to see the module called, or its bounds moved."""
     name = activation_of(type(module))
-    return name if name is not None and unhooked(module) else None
+    if name is None or not unhooked(module):
+        return None
+    return None if name == "relu6" and (module.min_val, module.max_val) != (0, 6) else name
 
 
 def activation_layer(activation: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
