@@ -180,9 +180,11 @@ def test_wrong_arguments_say_what_is_wrong():
         args = (8, 8, 3) if layer is fast.DepthwiseConv2d else (8, 8) if layer is fast.PointwiseConv2d else (8,)
         with pytest.raises(ValueError, match=f"{layer.__name__}: activation must be one of .*hardswish.*, got 'tanh'"):
             layer(*args, activation="tanh")
-    with pytest.raises(ValueError, match="activation must be one of .*, got 'gelu'"):
+    with pytest.raises(ValueError, match="^SqueezeExcitation: activation must be one of .*, got 'gelu'"):
         fast.SqueezeExcitation(8, 2, "gelu")
-    with pytest.raises(ValueError, match="activation must be one of .*, got 'gelu'"):
+    with pytest.raises(ValueError, match="^SqueezeExcitation: scale_activation must be one of .*, got 'gelu'"):
+        fast.SqueezeExcitation(8, 2, "relu", "gelu")
+    with pytest.raises(ValueError, match="^ConvNormAct: activation_layer must be one of .*, got 'gelu'"):
         fast.ConvNormAct(8, 8, activation_layer="gelu")
 
 
