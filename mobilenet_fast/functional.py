@@ -7,7 +7,8 @@ float32 and float64 tensors on the CPU run in the C++ kernels, everything else i
 by at most 4 · n · eps times the sum of its terms' magnitudes.
 
 **Raises.** ValueError for a shape, value, device or backend that an operation can't take; TypeError for a dtype that
-it can't, or one unlike the input's; NotImplementedError where ``backend="cpp"`` has no kernel for a valid input.
+it can't, one unlike the input's, or an argument of another type; NotImplementedError where ``backend="cpp"`` has no
+kernel for a valid input.
 """
 
 from __future__ import annotations
@@ -63,8 +64,10 @@ def depthwise_conv2d(
         input, padding = _pad_for(padding, input, weight, stride, dilation)
     else:
         padding = reference.pair(padding)
-    run = _implementation("depthwise_conv2d", backend, input, weight, bias, scale)
-    return run(input, weight, bias, stride, padding, dilation, activation, scale)
+        if len(padding) != 2:  # the kernel takes four as well, for `nn.Conv2dSame` alone
+            raise ValueError(f"depthwise_conv2d: padding must be one number or two, got {len(padding)}")
+    arguments = input, weight, bias, stride, padding, dilation, activation, scale
+    return _run("depthwise_conv2d", backend, (weight, bias, scale), arguments)
 
 
 def pointwise_conv2d(
@@ -98,8 +101,8 @@ def pointwise_conv2d(
     MobileNets (Howard et al., 2017, arXiv:1704.04861), section 3.1; MobileNetV3 (Howard et al., 2019,
     arXiv:1905.02244), figure 4.
     """
-    run = _implementation("pointwise_conv2d", backend, input, weight, bias, gate, residual, scale)
-    return run(input, weight, bias, activation, gate, residual, scale)
+    arguments = input, weight, bias, activation, gate, residual, scale
+    return _run("pointwise_conv2d", backend, (weight, bias, gate, residual, scale), arguments)
 
 
 def batch_norm_act(
@@ -129,8 +132,8 @@ def batch_norm_act(
 
     Batch Normalization (Ioffe and Szegedy, 2015, arXiv:1502.03167), section 3.1.
     """
-    run = _implementation("batch_norm_act", backend, input, running_mean, running_var, weight, bias)
-    return run(input, running_mean, running_var, weight, bias, eps, activation)
+    arguments = input, running_mean, running_var, weight, bias, eps, activation
+    return _run("batch_norm_act", backend, (running_mean, running_var, weight, bias), arguments)
 
 
 def squeeze_excite(
@@ -162,12 +165,25 @@ def squeeze_excite(
     Squeeze-and-Excitation Networks (Hu et al., 2018, arXiv:1709.01507), section 3; hard gate: MobileNetV3
     (arXiv:1905.02244), section 5.3.
     """
-    run = _implementation("squeeze_excite", backend, input, weight1, bias1, weight2, bias2)
-    return run(input, weight1, bias1, weight2, bias2, squeeze_activation, gate_activation)
+    arguments = input, weight1, bias1, weight2, bias2, squeeze_activation, gate_activation
+    return _run("squeeze_excite", backend, (weight1, bias1, weight2, bias2), arguments)
+
+
+def _run(operation: str, backend: str | None, operands: tuple[Tensor | None, ...], arguments: tuple) -> Tensor:
+    try:
+        return _implementation(operation, backend, arguments[0], operands)(*arguments)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        if str(error).startswith(f"{operation}: "):
+            raise
+        failure = error
+    # Arguments of a wrong type are told by whoever stumbles on them first, at length; the reference's checks say the
+    # same in one line. Asking them only now keeps them out of the calls that are right.
+    getattr(reference, f"check_{operation}")(*arguments)
+    raise failure
 
 
 def _implementation(
-    operation: str, backend: str | None, input: Tensor, *operands: Tensor | None
+    operation: str, backend: str | None, input: Tensor, operands: tuple[Tensor | None, ...]
 ) -> Callable[..., Tensor]:
     """What runs the operation: the bound C++ function, the operator around it, or the reference, all called alike.
 
@@ -224,8 +240,9 @@ def _pad_for(padding: str, input: Tensor, weight: Tensor, stride: tuple, dilatio
     """The input and the numbers for "same" or "valid": an even kernel's "same" pads one more below and to the right."""
     if padding not in ("same", "valid"):
         raise ValueError(f"depthwise_conv2d: padding must be 'same', 'valid' or numbers, got {padding!r}")
-    if padding == "valid" or weight.dim() != 4:
-        return input, (0, 0)
+    takes_part = isinstance(input, Tensor) and isinstance(weight, Tensor) and weight.dim() == 4
+    if padding == "valid" or not takes_part or not all(isinstance(d, int) for d in dilation):
+        return input, (0, 0)  # what is wrong is told where it is checked
     if stride != (1, 1):
         raise ValueError(f"depthwise_conv2d: padding 'same' needs stride 1, got {stride}")
     total = [d * (k - 1) for k, d in zip(weight.shape[2:], dilation, strict=False)]

@@ -16,8 +16,15 @@ def _empty_conv_output(input: Tensor, weight: Tensor, size: tuple) -> Tensor:
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=wanted)
 
 
+def _check_dtype(operation: str, input: Tensor) -> None:
+    """The operators are the kernels; the reference takes more."""
+    if input.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{operation}: input must be float32 or float64, got {input.dtype}")
+
+
 @torch.library.register_fake("mobilenet_fast::depthwise_conv2d")
 def _(input, weight, bias=None, stride=1, padding=0, dilation=1, activation="none", scale=None):
+    _check_dtype("depthwise_conv2d", input)
     stride, padding, dilation = map(reference.pair, (stride, padding, dilation))
     reference.check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation, scale)
     map_size = map(reference.conv_output_size, input.shape[2:], weight.shape[2:], stride, padding, dilation)
@@ -26,13 +33,17 @@ def _(input, weight, bias=None, stride=1, padding=0, dilation=1, activation="non
 
 @torch.library.register_fake("mobilenet_fast::pointwise_conv2d")
 def _(input, weight, bias=None, activation="none", gate=None, residual=None, scale=None):
+    _check_dtype("pointwise_conv2d", input)
     reference.check_pointwise_conv2d(input, weight, bias, activation, gate, residual, scale)
     return _empty_conv_output(input, weight, (input.size(0), weight.size(0), *input.shape[2:]))
 
 
 @torch.library.register_fake("mobilenet_fast::batch_norm_act")
 def _(input, running_mean, running_var, weight=None, bias=None, eps=1e-5, activation="none"):
+    _check_dtype("batch_norm_act", input)
     reference.check_batch_norm_act(input, running_mean, running_var, weight, bias, eps, activation)
+    if input.size(0) == 0:
+        return torch.empty_like(input)
     # F.batch_norm prefers contiguous where a shape fits both layouts, other than F.conv2d.
     wanted = torch.contiguous_format if input.is_contiguous() else suggest_memory_format(input)
     return torch.empty_like(input, memory_format=wanted)
@@ -40,6 +51,7 @@ def _(input, running_mean, running_var, weight=None, bias=None, eps=1e-5, activa
 
 @torch.library.register_fake("mobilenet_fast::squeeze_excite")
 def _(input, weight1, bias1, weight2, bias2, squeeze_activation="relu", gate_activation="hardsigmoid"):
+    _check_dtype("squeeze_excite", input)
     reference.check_squeeze_excite(input, weight1, bias1, weight2, bias2, squeeze_activation, gate_activation)
     return input * input.new_empty((*input.shape[:2], 1, 1))
 

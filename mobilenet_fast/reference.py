@@ -5,6 +5,8 @@ The checks are here as well, for what an operation refuses is a part of what it 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,11 +65,27 @@ def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
     return weight if scale is None else weight * scale.view(-1, 1, 1, 1)
 
 
+# Sizes computed from such numbers stay far from where 64 bits end.
+_LARGEST = 2**31 - 1
+
+
 def pair(value) -> tuple:
-    """One value for both axes, or the two given."""
-    if isinstance(value, (tuple, list)):
-        return tuple(value) if len(value) != 1 else (value[0], value[0])
-    return value, value
+    """One value for both axes, or the two given, as plain integers where they stand for some, as numpy's do."""
+    if type(value) is int:
+        return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    values = tuple(map(_plain_integer, value if isinstance(value, (tuple, list)) else (value,)))
+    return values * 2 if len(values) == 1 else values
+
+
+def _plain_integer(value):
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value  # for the checks to refuse
 
 
 def conv_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -75,13 +93,15 @@ def conv_output_size(size: int, kernel: int, stride: int, padding: int, dilation
 
 
 def check_activation(operation: str, name: str, argument: str = "activation") -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{operation}: {argument} must be a string, got {_kind(name)}")
     if name not in ACTIVATIONS:
         raise ValueError(f"{operation}: {argument} must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
 
 
 def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation, scale) -> None:
     operation = "depthwise_conv2d"
-    _check_input(operation, input, weight=weight, bias=bias, scale=scale)
+    _check_input(operation, input, {"weight": weight}, {"bias": bias, "scale": scale})
     channels = input.size(1)
     if weight.dim() != 4 or weight.size(1) != 1 or weight.size(0) == 0 or weight.size(0) % channels:
         raise ValueError(
@@ -91,11 +111,13 @@ def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activ
         raise ValueError(f"{operation}: weight must have kH and kW of at least 1, got {_shape(weight)}")
     _check_shape(operation, "bias", bias, (weight.size(0),))
     _check_shape(operation, "scale", scale, (weight.size(0),))
-    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+    for name, value, least in (("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0)):
         if len(value) != 2:
             raise ValueError(f"{operation}: {name} must be one number or two, got {len(value)}")
-        if min(value) < least:
-            raise ValueError(f"{operation}: {name} must be at least {least}, got {tuple(value)}")
+        if not all(isinstance(number, (int, torch.SymInt)) for number in value):
+            raise TypeError(f"{operation}: {name} must be integers, got {tuple(value)}")
+        if min(value) < least or max(value) > _LARGEST:
+            raise ValueError(f"{operation}: {name} must be at least {least} and at most {_LARGEST}, got {tuple(value)}")
     padded = tuple(size + 2 * p for size, p in zip(input.shape[2:], padding, strict=True))
     spanned = tuple(d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))
     if spanned[0] > padded[0] or spanned[1] > padded[1]:
@@ -105,7 +127,8 @@ def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activ
 
 def check_pointwise_conv2d(input, weight, bias, activation, gate, residual, scale) -> None:
     operation = "pointwise_conv2d"
-    _check_input(operation, input, weight=weight, bias=bias, gate=gate, residual=residual, scale=scale)
+    optional = {"bias": bias, "gate": gate, "residual": residual, "scale": scale}
+    _check_input(operation, input, {"weight": weight}, optional)
     batch, channels, height, width = input.shape
     if weight.dim() != 4 or weight.size(0) == 0 or tuple(weight.shape[1:]) != (channels, 1, 1):
         raise ValueError(f"{operation}: weight must be (K, C, 1, 1) with C={channels}, got {_shape(weight)}")
@@ -118,16 +141,19 @@ def check_pointwise_conv2d(input, weight, bias, activation, gate, residual, scal
 
 def check_batch_norm_act(input, running_mean, running_var, weight, bias, eps, activation) -> None:
     operation = "batch_norm_act"
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    _check_input(operation, input, keeps_float32=True, **parameters)
-    for name, parameter in parameters.items():
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    parameters = {"weight": weight, "bias": bias}
+    _check_input(operation, input, statistics, parameters, keeps_float32=True)
+    for name, parameter in (statistics | parameters).items():
         _check_shape(operation, name, parameter, (input.size(1),))
+    if not hasattr(eps, "__float__"):
+        raise TypeError(f"{operation}: eps must be a number, got {_kind(eps)}")
     check_activation(operation, activation)
 
 
 def check_squeeze_excite(input, weight1, bias1, weight2, bias2, squeeze_activation, gate_activation) -> None:
     operation = "squeeze_excite"
-    _check_input(operation, input, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    _check_input(operation, input, {"weight1": weight1, "weight2": weight2}, {"bias1": bias1, "bias2": bias2})
     channels = input.size(1)
     if weight1.dim() != 4 or weight1.size(0) == 0 or tuple(weight1.shape[1:]) != (channels, 1, 1):
         raise ValueError(f"{operation}: weight1 must be (S, C, 1, 1) with C={channels}, got {_shape(weight1)}")
@@ -139,14 +165,26 @@ def check_squeeze_excite(input, weight1, bias1, weight2, bias2, squeeze_activati
     check_activation(operation, gate_activation, "gate_activation")
 
 
-def _check_input(operation: str, input: Tensor, keeps_float32: bool = False, **operands: Tensor | None) -> None:
+def _check_input(
+    operation: str,
+    input: Tensor,
+    required: dict[str, Tensor],
+    optional: dict[str, Tensor | None],
+    keeps_float32: bool = False,
+) -> None:
+    for name, operand in ({"input": input} | required).items():
+        if not isinstance(operand, Tensor):
+            raise TypeError(f"{operation}: {name} must be a tensor, got {_kind(operand)}")
+    for name, operand in optional.items():
+        if not isinstance(operand, (Tensor, type(None))):
+            raise TypeError(f"{operation}: {name} must be a tensor or None, got {_kind(operand)}")
     if input.dim() != 4:
         raise ValueError(f"{operation}: input must be (N, C, H, W), got {_shape(input)}")
     if min(input.shape[1:]) == 0:
         raise ValueError(f"{operation}: input must have C, H and W of at least 1, got {_shape(input)}")
     if not input.dtype.is_floating_point:
         raise TypeError(f"{operation}: input must be of a floating-point dtype, got {input.dtype}")
-    for name, operand in operands.items():
+    for name, operand in (required | optional).items():
         if operand is None:
             continue
         if operand.device != input.device:
@@ -164,6 +202,10 @@ def _is_autocast(device_type: str) -> bool:
 def _check_shape(operation: str, name: str, operand: Tensor | None, shape: tuple) -> None:
     if operand is not None and tuple(operand.shape) != shape:
         raise ValueError(f"{operation}: {name} must be {shape}, got {_shape(operand)}")
+
+
+def _kind(value) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 def _shape(tensor: Tensor) -> tuple:

@@ -66,8 +66,10 @@ def replace_layers(
         ``model``.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: under ``strict``, with names and reasons; the model is unchanged then.
     """
+    _check_module("replace_layers", model)
     rows, found = [], []
     for name, module in model.named_modules():
         layer, reason = _faster_layer(module)
@@ -100,8 +102,10 @@ def restore_layers(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: a replaced module was given yet another class, as `torch.nn.utils.parametrize` does.
     """
+    _check_module("restore_layers", model)
     replaced = [(name, module) for name, module in model.named_modules() if isinstance(module, _Replaced)]
     for name, module in replaced:
         if "stock_class" not in vars(type(module)):
@@ -113,6 +117,11 @@ def restore_layers(model: nn.Module) -> nn.Module:
         module.__class__ = type(module).stock_class
         vars(module).pop("_plan", None)
     return model
+
+
+def _check_module(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
 
 
 class _Replaced(nn.Module):

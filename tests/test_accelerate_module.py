@@ -20,6 +20,8 @@ import torch
 from helpers import import_torchvision
 from model_parity import pictures, randomise_batch_norm
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 
 import mobilenet_fast
 from mobilenet_fast import AcceleratedModule, accelerate, load
@@ -283,6 +285,33 @@ def test_compiling_a_larger_model(larger, x):
     torch._dynamo.reset()
 
 
+def test_accelerating_a_model_with_compiled_parts(model, x):
+    def backend(graph, examples):
+        def run(*inputs):
+            # As inductor's code does, which would crash on tensors that have no memory.
+            assert not any(isinstance(value, FakeTensor) for value in inputs)
+            return graph(*inputs)
+
+        return run
+
+    relu = torch.compile(torch.relu, backend=backend)
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return relu(self.net(x))
+
+    compiled = torch.compile(model, backend=backend)
+    for module in (compiled, nn.Sequential(compiled).eval(), Calls().eval()):
+        same(module, module, x)  # compiles it
+        fast = accelerate(module, x, strict=True)
+        assert same(fast, module, x) and same(fast, module, x[:1]) and len(fast._captures) == 1
+    torch._dynamo.reset()
+
+
 def test_accelerating_a_model_that_holds_an_accelerated_one(larger, x):
     plain, fast = larger
     twice = accelerate(fast, x, strict=True)
@@ -290,20 +319,23 @@ def test_accelerating_a_model_that_holds_an_accelerated_one(larger, x):
     assert list(twice.state_dict()) == list(plain.state_dict())
 
 
-def test_transforms_do_not_go_wrong_silently(model, x):
+def test_transforms_see_plain_operations(model, x):
+    def forward_mode(net):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(net(forward_ad.make_dual(x, x))).tangent
+
     fast = accelerate(model, x)
     for transform in (
-        lambda: torch.func.vmap(fast)(x[:, None]),
-        lambda: torch.func.grad(lambda z: fast(z).sum())(x),
-        lambda: torch.func.jvp(fast, (x,), (x,)),
+        lambda net: torch.func.vmap(net)(x[:, None]),
+        lambda net: torch.func.grad(lambda z: net(z).sum())(x),
+        lambda net: torch.func.jvp(net, (x,), (x,)),
+        forward_mode,
     ):
-        with pytest.raises((RuntimeError, NotImplementedError, ValueError)):
-            transform()
+        torch.testing.assert_close(transform(fast), transform(model))
     same(fast, model, x)
 
 
 def test_fake_tensors_and_modes_see_plain_operations(larger, x):
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     plain, fast = larger
@@ -413,6 +445,12 @@ def test_models_that_are_refused(model, x):
         accelerate(partly)
     with pytest.raises(ValueError, match="^accelerate: model must be on the CPU, got '0.weight' on meta$"):
         accelerate(copy.deepcopy(model).to("meta"))
+    scripted = torch.jit.script(model)
+    for torchscript in (scripted, torch.jit.trace(model, x)):
+        with pytest.raises(NotImplementedError, match="^accelerate: model must be Python, but it is TorchScript;"):
+            accelerate(torchscript, x)
+    with pytest.raises(NotImplementedError, match="but its '1' is TorchScript; accelerate what that was made from$"):
+        accelerate(nn.Sequential(nn.Identity(), scripted).eval())
     uncopiable = copy.deepcopy(model)
     uncopiable.computed = uncopiable[0].weight * 2
     with pytest.raises(ValueError, match="^accelerate: Sequential cannot be copied: Only Tensors created explicitly"):
@@ -446,6 +484,7 @@ def test_the_engine_times_its_steps(model, x):
 BAD_INPUTS = {
     "dtype": (lambda x: x.double(), TypeError, "input must be torch.float32, got torch.float64"),
     "half": (lambda x: x.half(), TypeError, "input must be torch.float32, got torch.float16"),
+    "integers": (lambda x: x.long(), TypeError, "input must be torch.float32, got torch.int64"),
     "rank": (lambda x: x[0, 0], ValueError, "input must have 4 dimensions, got shape (24, 24)"),
     "channels": (lambda x: x[:, :2], ValueError, "input must be (N, 3, H, W), got (2, 2, 24, 24)"),
     "channels last": (lambda x: x.permute(0, 2, 3, 1), ValueError, "input must be (N, 3, H, W), got (2, 24, 24, 3)"),
@@ -469,7 +508,7 @@ def test_inputs_that_are_refused(model, x, kind, first):
         fast(spoil(x))
     text = str(error.value)
     assert text.startswith("accelerate: ") and "\n" not in text, text
-    if not first or kind in ("dtype", "half", "device", "layout", "gradient", "numpy"):
+    if not first or kind in ("dtype", "half", "integers", "device", "layout", "gradient", "numpy"):
         assert message in text
     assert fast._plans == plans and fast._captures == captures
     torch.testing.assert_close(fast.state_dict(), state, rtol=0, atol=0)

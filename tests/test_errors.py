@@ -1,7 +1,9 @@
 """What an operation refuses, in the same words whichever way it is called: operation, rule, what came."""
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import OPERATIONS, arguments, function
 
 from mobilenet_fast import _C, functional, reference
@@ -30,6 +32,11 @@ CASES = [
     ("depthwise_conv2d", 3, [-1, 1], ValueError, r"stride must .*\(-1, 1\)"),
     ("depthwise_conv2d", 4, [-1, 0], ValueError, r"padding must .*\(-1, 0\)"),
     ("depthwise_conv2d", 5, [1, 0], ValueError, r"dilation must .*\(1, 0\)"),
+    # The sizes that follow from these overflow.
+    ("depthwise_conv2d", 3, [2**62, 1], ValueError, rf"stride must .*\({2**62}, 1\)"),
+    ("depthwise_conv2d", 4, [2**63 - 1, 0], ValueError, rf"padding must .*\({2**63 - 1}, 0\)"),
+    ("depthwise_conv2d", 4, [0, 2**31], ValueError, rf"padding must .*\(0, {2**31}\)"),
+    ("depthwise_conv2d", 5, [2**63 - 1, 1], ValueError, rf"dilation must .*\({2**63 - 1}, 1\)"),
     ("depthwise_conv2d", 5, [9, 1], ValueError, r"kernel .*padded input"),
     ("depthwise_conv2d", 6, "swish", ValueError, r"activation must be one of none, relu, .*got 'swish'"),
     ("depthwise_conv2d", 7, zeros(3), ValueError, r"scale must .*6.*3"),
@@ -60,8 +67,8 @@ CASES = [
     ("squeeze_excite", 3, zeros(3, 3, 1, 1), ValueError, r"weight2 must .*\(3, 3, 1, 1\)"),
     ("squeeze_excite", 3, zeros(2, 2, 1, 1), ValueError, r"weight2 must .*\(2, 2, 1, 1\)"),
     ("squeeze_excite", 4, zeros(2), ValueError, r"bias2 must .*3.*2"),
-    ("squeeze_excite", 5, "gelu", ValueError, r"activation must be one of none, relu, .*got 'gelu'"),
-    ("squeeze_excite", 6, "gelu", ValueError, r"activation must be one of none, relu, .*got 'gelu'"),
+    ("squeeze_excite", 5, "gelu", ValueError, r"squeeze_activation must be one of none, relu, .*got 'gelu'"),
+    ("squeeze_excite", 6, "gelu", ValueError, r"gate_activation must be one of none, relu, .*got 'gelu'"),
 ]
 # Operands unlike the input, and inputs of no floating dtype.
 for _operation, _names in (
@@ -76,7 +83,7 @@ for _operation, _names in (
         _operand = arguments(_operation)[_index]
         CASES.append((_operation, _index, _operand.double(), TypeError, rf"{_name} must "))
         CASES.append((_operation, _index, _operand.to(torch.int32), TypeError, rf"{_name} must "))
-        CASES.append((_operation, _index, _operand.to("meta"), (ValueError, TypeError), rf"{_name} must "))
+        CASES.append((_operation, _index, _operand.to("meta"), ValueError, rf"{_name} must be on cpu as input is"))
 
 CALLS = {
     "kernel": lambda operation: getattr(_C, operation),
@@ -99,6 +106,67 @@ def test_refuses(call, operation, index, value, error, message):
     args[index] = value
     with pytest.raises(error, match=rf"(?s)^{operation}: .*{message}"):
         CALLS[call](operation)(*args)
+
+
+# operation, index of the argument, a value of a wrong type, the message
+WRONG_TYPES = [
+    ("depthwise_conv2d", 3, 1.5, r"stride must be integers, got \(1.5, 1.5\)"),
+    ("depthwise_conv2d", 3, [1, "a"], r"stride must be integers, got \(1, 'a'\)"),
+    ("depthwise_conv2d", 4, None, r"padding must be integers, got \(None, None\)"),
+    ("depthwise_conv2d", 5, {}, r"dilation must be integers, got \(\{\}, \{\}\)"),
+    ("batch_norm_act", 5, "a", "eps must be a number, got str"),
+    ("batch_norm_act", 5, None, "eps must be a number, got None"),
+]
+for _operation, _required, _optional, _activations in (
+    ("depthwise_conv2d", {1: "weight"}, {2: "bias", 7: "scale"}, {6: "activation"}),
+    ("pointwise_conv2d", {1: "weight"}, {2: "bias", 4: "gate", 5: "residual", 6: "scale"}, {3: "activation"}),
+    ("batch_norm_act", {1: "running_mean", 2: "running_var"}, {3: "weight", 4: "bias"}, {6: "activation"}),
+    (
+        "squeeze_excite",
+        {1: "weight1", 3: "weight2"},
+        {2: "bias1", 4: "bias2"},
+        {5: "squeeze_activation", 6: "gate_activation"},
+    ),
+):
+    for _index, _name in {0: "input", **_required}.items():
+        for _value, _kind in ((None, "None"), (np.ones((2, 3, 5, 4), "float32"), "ndarray"), ([1.0], "list")):
+            WRONG_TYPES.append((_operation, _index, _value, f"{_name} must be a tensor, got {_kind}"))
+    for _index, _name in _optional.items():
+        WRONG_TYPES.append((_operation, _index, 1.0, f"{_name} must be a tensor or None, got float"))
+    for _index, _name in _activations.items():
+        for _value, _kind in ((None, "None"), (F.relu, "function"), ([], "list")):
+            WRONG_TYPES.append((_operation, _index, _value, f"{_name} must be a string, got {_kind}"))
+
+
+@pytest.mark.parametrize("gradients", (False, True))
+@pytest.mark.parametrize("backend", (None, "cpp", "reference"))
+@pytest.mark.parametrize("operation, index, value, message", WRONG_TYPES, ids=name)
+def test_wrong_types_are_told_in_one_line(backend, gradients, operation, index, value, message):
+    args = [a.requires_grad_(gradients) if isinstance(a, torch.Tensor) else a for a in arguments(operation)]
+    args[index] = value
+    with pytest.raises(TypeError, match=rf"^{operation}: {message}$") as error:
+        function(operation, backend)(*args)
+    assert error.value.__context__ is None  # nothing longer is printed above it
+
+
+@pytest.mark.parametrize("backend", ("cpp", "reference"))
+def test_integers_of_numpy(backend):
+    run, args = function("depthwise_conv2d", backend), arguments("depthwise_conv2d")
+    expected = run(*args)
+    args[3:6] = (np.int64(2), np.int32(1)), [np.int64(1)], list(np.array([1, 2]))
+    assert torch.equal(run(*args), expected)
+    args[3] = np.int64(2)
+    assert run(*args).shape == (2, 6, 3, 2)
+
+
+@pytest.mark.parametrize("gradients", (False, True))
+@pytest.mark.parametrize("backend", (None, "cpp", "reference"))
+def test_four_paddings_are_no_argument_of_users(backend, gradients):
+    args = arguments("depthwise_conv2d")
+    args[1].requires_grad_(gradients)
+    args[4] = [1, 0, 1, 0]
+    with pytest.raises(ValueError, match="^depthwise_conv2d: padding must be one number or two, got 4$"):
+        function("depthwise_conv2d", backend)(*args)
 
 
 @pytest.mark.parametrize("call", ("kernel", "operator", "reference", "function"))
@@ -156,6 +224,13 @@ def test_padding_by_name():
         functional.depthwise_conv2d(input, weight, padding="full")
     with pytest.raises(ValueError, match=r"^depthwise_conv2d: padding 'same' needs stride 1, got \(2, 2\)"):
         functional.depthwise_conv2d(input, weight, stride=2, padding="same")
+    for operands, dilation, message in (
+        ((None, weight), 1, "input must be a tensor, got None"),
+        ((input, None), 1, "weight must be a tensor, got None"),
+        ((input, weight), "a", r"dilation must be integers, got \('a', 'a'\)"),
+    ):
+        with pytest.raises(TypeError, match=f"^depthwise_conv2d: {message}$"):
+            functional.depthwise_conv2d(*operands, padding="same", dilation=dilation)
 
 
 def test_half_precision_batch_norm_keeps_float32_statistics():

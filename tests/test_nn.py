@@ -180,9 +180,11 @@ def test_wrong_arguments_say_what_is_wrong():
         args = (8, 8, 3) if layer is fast.DepthwiseConv2d else (8, 8) if layer is fast.PointwiseConv2d else (8,)
         with pytest.raises(ValueError, match=f"{layer.__name__}: activation must be one of .*hardswish.*, got 'tanh'"):
             layer(*args, activation="tanh")
-    with pytest.raises(ValueError, match="activation must be one of .*, got 'gelu'"):
+    with pytest.raises(ValueError, match="^SqueezeExcitation: activation must be one of .*, got 'gelu'"):
         fast.SqueezeExcitation(8, 2, "gelu")
-    with pytest.raises(ValueError, match="activation must be one of .*, got 'gelu'"):
+    with pytest.raises(ValueError, match="^SqueezeExcitation: scale_activation must be one of .*, got 'gelu'"):
+        fast.SqueezeExcitation(8, 2, "relu", "gelu")
+    with pytest.raises(ValueError, match="^ConvNormAct: activation_layer must be one of .*, got 'gelu'"):
         fast.ConvNormAct(8, 8, activation_layer="gelu")
 
 
@@ -209,6 +211,40 @@ def test_other_tensors_run_in_pytorch(calls):
         assert not calls
         conv(x)
         assert calls == ["depthwise_conv2d"]
+
+
+def test_a_wrong_number_of_channels_is_pytorchs_to_refuse(calls):
+    """Not a channel multiplier, as which the kernel would take any that divides the filters' number."""
+    conv, norm = fast.DepthwiseConv2d(8, 16, 3), nn.BatchNorm2d(16)
+    layers = (
+        conv,
+        fast.Conv2dSame(8, 8, 3, 2, groups=8),
+        fast.SeparableConv2d(8, 4),
+        fast.FusedSequential(conv, norm, nn.ReLU()),
+        fast.FusedSequential(fast.Conv2dSame(8, 16, 3, groups=8), norm),
+        fast.InvertedResidual(8, 8, 8),
+    )
+    with torch.no_grad():
+        for layer in layers:
+            layer.eval()(torch.ones(2, 8, 9, 9))
+            for channels in (1, 4, 16):
+                with pytest.raises(RuntimeError, match=rf"to have 8 channels, but got {channels} channels"):
+                    layer(torch.ones(2, channels, 9, 9))
+    assert calls.count("depthwise_conv2d") == len(layers)
+
+
+def test_settings_changed_later_count():
+    x = input64(2, 6, 7, 7)
+    for changes in ({"stride": (2, 2)}, {"padding": (1, 0)}, {"stride": 2, "padding": 1}, {"groups": 2}):
+        for ours in (fast.PointwiseConv2d(6, 6), fast.DepthwiseConv2d(6, 6, 3)):
+            randomised(ours)
+            for name, value in changes.items():
+                setattr(ours, name, value)
+            if "groups" in changes:
+                ours.weight = nn.Parameter(torch.randn(6, 3, *ours.kernel_size, dtype=torch.float64))
+            expected = F.conv2d(x, ours.weight, ours.bias, ours.stride, ours.padding, 1, ours.groups).detach()
+            with torch.no_grad():
+                assert_same(ours(x), expected)
 
 
 def test_lazily_negated_input():
@@ -602,6 +638,9 @@ def test_changes_count_from_the_next_call(calls):
     def change_stride():
         conv.stride = (2, 2)
 
+    def move_bound():
+        chain[2].max_val = 0.5
+
     def take_module():
         del chain[2]
 
@@ -614,6 +653,7 @@ def test_changes_count_from_the_next_call(calls):
         change_eps,
         load,
         change_stride,
+        move_bound,
         take_module,
     )
     with torch.no_grad():

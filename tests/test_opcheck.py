@@ -1,10 +1,13 @@
 """The operators as PyTorch's machinery sees them: schema, tracing, compilation, export, gradients."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ACTIVATIONS, LAYOUTS, OPERATIONS, arguments, function, operand, vector
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -48,7 +51,19 @@ def test_empty_batch(operation):
     if operation == "squeeze_excite":
         args[1] = arguments(operation)[1]
     assert operator(*args).shape[0] == 0
-    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        args[0] = args[0].contiguous(memory_format=layout)
+        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+    if operation == "batch_norm_act":
+        assert operator(*args).stride() == F.batch_norm(*args[:5]).stride()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_fake_tensors_are_refused_where_the_kernels_refuse(operation):
+    args = [a.half() if isinstance(a, torch.Tensor) else a for a in arguments(operation)]
+    for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode, pytest.raises(TypeError, match=f"^{operation}: input must be float32 or float64"):
+            getattr(torch.ops.mobilenet_fast, operation)(*args)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -294,6 +294,12 @@ def test_what_stays_is_reported_and_strict_refuses_it():
     assert isinstance(model[3], fast.DepthwiseConv2d) and type(model[0]) is nn.Conv2d
 
 
+@pytest.mark.parametrize("function", [replace_layers, restore_layers])
+def test_only_modules_are_taken(function):
+    with pytest.raises(TypeError, match=f"^{function.__name__}: model must be an nn.Module, got str$"):
+        function("mobilenet_v2")
+
+
 def test_changes_after_replacing_count(own):
     x = pictures(2, 3, 32, 32)
     twin = copy.deepcopy(own)

@@ -121,6 +121,8 @@ at::Tensor batch_norm_act(const at::Tensor& input, const at::Tensor& running_mea
   check_vector(kName, "running_var", running_var, dtype, c);
   check_vector(kName, "weight", weight, dtype, c);
   check_vector(kName, "bias", bias, dtype, c);
+  // Every layout fits an empty tensor, so that torch keeps its strides.
+  if (input.numel() == 0) return at::empty_like(input, input.options().requires_grad(false));
 
   const at::Tensor folded = fold_batch_norm(running_mean, running_var, weight, bias, eps, chosen);
   const at::MemoryFormat format = input.is_contiguous() ? at::MemoryFormat::Contiguous : input.suggest_memory_format();

@@ -15,14 +15,13 @@ int64_t l2_cache_bytes() {
   return bytes > 0 ? bytes : 512 * 1024;
 }
 
-Activation parse_activation(const char* operation, const std::string& name) {
+Activation parse_activation(const char* operation, const std::string& name, const char* argument) {
   static constexpr std::array names = {"none", "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid"};
   for (size_t i = 0; i < names.size(); ++i) {
     if (name == names[i]) return static_cast<Activation>(i);
   }
-  TORCH_CHECK_VALUE(false, operation,
-                    ": activation must be one of none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, got '", name,
-                    "'");
+  TORCH_CHECK_VALUE(false, operation, ": ", argument,
+                    " must be one of none, relu, relu6, hardswish, hardsigmoid, silu, sigmoid, got '", name, "'");
 }
 
 Isa choose_isa(const char* operation, const std::optional<std::string>& name) {
@@ -44,8 +43,9 @@ std::string shape_string(at::IntArrayRef sizes) {
 
 void check_tensor(const char* operation, const char* name, const at::Tensor& tensor, at::ScalarType dtype,
                   int64_t dim) {
-  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && tensor.device().is_cpu(), operation, ": ", name,
-                   " must be a dense CPU tensor, got ", tensor.layout(), " on ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.device().is_cpu(), operation, ": ", name, " must be on cpu as input is, got ",
+                    tensor.device());
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, operation, ": ", name, " must be strided, got ", tensor.layout());
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, operation, ": ", name, " must have the input's dtype ", dtype,
                    ", got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.dim() == dim, operation, ": ", name, " must have ", dim, " dimensions, got shape ",

@@ -12,11 +12,11 @@ namespace mobilenet_fast {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-Activation parse_activation(const char* operation, const std::string& name);
+Activation parse_activation(const char* operation, const std::string& name, const char* argument = "activation");
 // The instruction set asked for by name, or the current one.
 Isa choose_isa(const char* operation, const std::optional<std::string>& name);
 
-// Raises TypeError unless `tensor` is a strided CPU tensor of `dtype`, ValueError unless it has `dim` dimensions.
+// ValueError unless `tensor` is on the CPU and has `dim` dimensions, TypeError unless it is strided and of `dtype`.
 void check_tensor(const char* operation, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t dim);
 void check_input(const char* operation, const at::Tensor& input);
 // A vector of `size` elements of `dtype`, where given.

@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "steps/common.h"
 
 namespace mobilenet_fast {
@@ -111,21 +113,24 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
                     shape_string(weight.sizes()));
   check_vector(kName, "bias", bias, dtype, k);
   check_vector(kName, "scale", scale, dtype, k);
+  // Sizes computed from such numbers stay far from where 64 bits end.
+  constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
   const auto pair = [&](const char* name, at::IntArrayRef values, int64_t least) {
     TORCH_CHECK_VALUE(values.size() == 1 || values.size() == 2, kName, ": ", name, " must be one number or two, got ",
                       values.size());
     const std::pair<int64_t, int64_t> both{values[0], values.back()};
-    TORCH_CHECK_VALUE(both.first >= least && both.second >= least, kName, ": ", name, " must be at least ", least,
-                      ", got ", shape_string(values));
+    TORCH_CHECK_VALUE(std::min(both.first, both.second) >= least && std::max(both.first, both.second) <= kLargest,
+                      kName, ": ", name, " must be at least ", least, " and at most ", kLargest, ", got ",
+                      shape_string(values));
     return both;
   };
   const auto [stride_h, stride_w] = pair("stride", stride, 1);
+  const auto [dilation_h, dilation_w] = pair("dilation", dilation, 1);
   // Four values pad each side by its own: top, bottom, left, right.
   const bool each_side = padding.size() == 4;
   const auto [pad_top, pad_left] = pair("padding", each_side ? at::IntArrayRef{padding[0], padding[2]} : padding, 0);
   const auto [pad_bottom, pad_right] =
       pair("padding", each_side ? at::IntArrayRef{padding[1], padding[3]} : padding, 0);
-  const auto [dilation_h, dilation_w] = pair("dilation", dilation, 1);
   const int64_t reach_h = dilation_h * (weight.size(2) - 1) + 1, reach_w = dilation_w * (weight.size(3) - 1) + 1;
   const int64_t padded_h = pad_top + h + pad_bottom, padded_w = pad_left + w + pad_right;
   TORCH_CHECK_VALUE(reach_h <= padded_h && reach_w <= padded_w, kName,

@@ -185,8 +185,8 @@ at::Tensor squeeze_excite(const at::Tensor& input, const at::Tensor& weight1, co
                           const at::Tensor& weight2, const OptionalTensor& bias2, const std::string& squeeze_activation,
                           const std::string& gate_activation, const std::optional<std::string>& isa) {
   constexpr const char* kName = "squeeze_excite";
-  const Activation squeeze_act = parse_activation(kName, squeeze_activation);
-  const Activation gate_act = parse_activation(kName, gate_activation);
+  const Activation squeeze_act = parse_activation(kName, squeeze_activation, "squeeze_activation");
+  const Activation gate_act = parse_activation(kName, gate_activation, "gate_activation");
   const Isa chosen = choose_isa(kName, isa);
   check_input(kName, input);
   const auto dtype = input.scalar_type();

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from .. import _C
@@ -35,14 +36,16 @@ class AcceleratedModule(nn.Module):
     """What :func:`accelerate` returns: same inputs and outputs as the model, for inference on CPU.
 
     A plan is made for each set of input shapes, and the 64 used last are kept; they share packed weights. Numbers and
-    strings among the inputs are part of the plan. Inputs are only read, even where the model writes to its own. A 4-D
+    strings among the inputs are part of the plan. Strides are not: a model that asks for its input's layout goes the
+    way that it went when it was captured. Inputs are only read, even where the model writes to its own. A 4-D
     output is channels_last if an input is, else contiguous. Any number of threads may call it at once. Autocast does
     not change what it computes.
 
     ``state_dict()`` holds the model's own keys with the weights in use, and ``load_state_dict()`` replaces them; there
     are no parameters to train, and ``train()`` leaves it in evaluation mode. Copies, pickles and files (:meth:`save`)
     keep the weights; plans are made again where they are needed. ``torch.export`` and ``torch.jit.trace`` of a larger
-    model see the original's operations; ``torch.compile`` of one calls the plan.
+    model, the transforms of ``torch.func`` and forward-mode derivatives see the original's operations;
+    ``torch.compile`` of a larger model calls the plan.
     """
 
     def __init__(self, model: nn.Module, *, strict: bool = False):
@@ -117,7 +120,8 @@ class AcceleratedModule(nn.Module):
         capture = next((c for c in self._captures if c.spec == spec and c.serves(leaves)), None)
         known = capture is not None
         if not known:
-            with _capture_lock:
+            # What torch.compile made of a part reads the memory of its inputs, which those of a capture do not have.
+            with _capture_lock, torch.compiler.set_stance("force_eager"):
                 capture = _capture(_frozen_copy(self._model), args, kwargs)
         plan = build(optimise(capture.lower(leaves, _state(self._model))), self._packed, _C.cpu_isa())
         if self.strict and plan.report.fallbacks:
@@ -272,7 +276,8 @@ def accelerate(
         TypeError: ``model`` is no module; at a call, an input is of another dtype than the model takes.
         ValueError: the model is in training mode, cannot be copied, or is not on the CPU; at a call, an input is on
             another device, or has another rank or channel count than the model takes.
-        NotImplementedError: ``torch.export`` cannot capture the model, or the model changes its own weights.
+        NotImplementedError: ``torch.export`` cannot capture the model, the model changes its own weights, or a part of
+            it is TorchScript.
         RuntimeError: at a call with gradients enabled, an input requires grad.
     """
     if not isinstance(model, nn.Module):
@@ -280,8 +285,12 @@ def accelerate(
     # What torch.export made refuses eval() by a method of its own: its mode was settled then, whatever its flags say.
     exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
     for name, module in model.named_modules():
+        where = f"its '{name}' is" if name else "it is"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotImplementedError(
+                f"accelerate: model must be Python, but {where} TorchScript; accelerate what that was made from"
+            )
         if module.training and not exported:
-            where = f"its '{name}' is" if name else "it is"
             raise ValueError(f"accelerate: model must be in evaluation mode, but {where} in training mode; call eval()")
     for name, tensor in _state(model).items():
         if tensor.device.type != "cpu":
@@ -326,8 +335,10 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
     except Exception as error:
         dtypes = {tensor.dtype for tensor in _state(model).values() if tensor.is_floating_point()}
         for leaf in pytree.tree_leaves((args, kwargs)):
-            floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-            if floating and len(dtypes) == 1 and leaf.dtype not in dtypes:
+            if not isinstance(leaf, torch.Tensor) or len(dtypes) != 1 or leaf.dtype in dtypes:
+                continue
+            # Integers may be right beside something that is not; torch names types where they are to blame.
+            if leaf.is_floating_point() or "type" in _first_line(error):
                 raise TypeError(f"accelerate: input must be {dtypes.pop()}, got {leaf.dtype}") from error
         raise ValueError(f"accelerate: the model does not take these inputs: {_first_line(error)}") from error
     try:
@@ -338,11 +349,13 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
 
 
 def _is_traced() -> bool:
-    """Whether someone wants to see the operations, or calls with tensors that hold no numbers."""
+    """Whether someone wants to see the operations, or calls with tensors that hold no, or more than, numbers."""
     return (
         torch.compiler.is_exporting()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 

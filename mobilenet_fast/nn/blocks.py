@@ -169,7 +169,7 @@ def _conv(in_channels, out_channels, kernel_size, stride, padding, dilation, gro
 
 
 def _activation(activation: str | Callable[..., nn.Module], inplace: bool | None) -> nn.Module:
-    layer = activation_layer(activation)
+    layer = activation_layer("ConvNormAct", "activation_layer", activation)
     # nn.Sigmoid has no in-place form.
     return layer() if inplace is None or layer is nn.Sigmoid else layer(inplace=inplace)
 

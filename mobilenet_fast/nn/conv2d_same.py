@@ -52,6 +52,10 @@ class Conv2dSame(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         padded = self.pad(input)
-        if is_depthwise(self) and kernels_serve(input, self.weight, self.bias):
+        if (
+            is_depthwise(self)
+            and kernels_serve(input, self.weight, self.bias)
+            and input.size(1) == self.groups  # fewer would pass for a channel multiplier
+        ):
             return functional.depthwise_conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation)
         return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)

@@ -71,7 +71,11 @@ class DepthwiseConv2d(nn.Conv2d):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.padding_mode == "zeros" and kernels_serve(input, self.weight, self.bias):
+        if (
+            self.padding_mode == "zeros"
+            and kernels_serve(input, self.weight, self.bias)
+            and input.size(1) == self.groups  # fewer would pass for a channel multiplier
+        ):
             return functional.depthwise_conv2d(
                 input,
                 self.weight,

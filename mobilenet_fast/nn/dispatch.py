@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
+from ..reference import check_activation
 
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
     "none": nn.Identity,
@@ -113,15 +114,19 @@ def activation_of(kind: type) -> str | None:
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """`activation_of` the module's type; None as well if a hook wants to see the module called."""
+    """`activation_of` the module's type; None as well if a hook wants to see the module called, or its bounds moved."""
     name = activation_of(type(module))
-    return name if name is not None and unhooked(module) else None
+    if name is None or not unhooked(module):
+        return None
+    return None if name == "relu6" and (module.min_val, module.max_val) != (0, 6) else name
 
 
-def activation_layer(activation: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """The module class of a named activation; anything else is taken for a class, or a function that makes a module."""
-    if not isinstance(activation, str):
+def activation_layer(layer: str, argument: str, activation: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The module class of a named activation; anything else is taken for a class, or a function that makes a module.
+
+    What is wrong is said in the name of the layer that was given it as this argument.
+    """
+    if callable(activation):
         return activation
-    if activation not in ACTIVATION_LAYERS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATION_LAYERS)}, got {activation!r}")
+    check_activation(layer, activation, argument)
     return ACTIVATION_LAYERS[activation]

@@ -46,7 +46,7 @@ class PointwiseConv2d(nn.Conv2d):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        if kernels_serve(input, self.weight, self.bias):
+        if is_pointwise(self) and kernels_serve(input, self.weight, self.bias):
             return functional.pointwise_conv2d(input, self.weight, self.bias, activation=self.activation)
         return reference.activation(super().forward(input), self.activation)
 

@@ -49,8 +49,8 @@ class SqueezeExcitation(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc1 = nn.Conv2d(input_channels, squeeze_channels, 1)
         self.fc2 = nn.Conv2d(squeeze_channels, input_channels, 1)
-        self.activation = activation_layer(activation)()
-        self.scale_activation = activation_layer(scale_activation)()
+        self.activation = activation_layer("SqueezeExcitation", "activation", activation)()
+        self.scale_activation = activation_layer("SqueezeExcitation", "scale_activation", scale_activation)()
 
     def forward(self, input: Tensor) -> Tensor:
         parts = self.kernel_parts()

@@ -74,6 +74,8 @@ class Convolution(KernelStep):
 
     def run(self, x, residual, weight, bias, *statistics):
         conv, activation, scale = self.conv, self.activation, None
+        if not self.is_pointwise and x.size(1) != conv.groups:  # fewer would pass for a channel multiplier
+            return self.plain(x, residual)
         if statistics:
             scale, shift = _C.fold_batch_norm(*statistics, self.norm.eps).unbind()
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
