@@ -58,6 +58,11 @@ $(TEST_DEPS): $(TORCH_STAMP)
 	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31
 	touch $@
 
+# Once the package is there, naming its extra brings in only what the extra asks for.
+$(BENCH_DEPS): $(BUILT) $(TEST_DEPS)
+	$(PIP) "mobilenet_fast[bench]"
+	touch $@
+
 $(LINT_DEPS): | $(RUN)
 	$(PIP) ruff==0.17.6 clang-format==23.1.5
 	touch $@

@@ -3,6 +3,7 @@
 In a process of its own: converters leave threads and memory behind that a timed process should not have.
 """
 
+import errno
 import os
 import sys
 import tempfile
@@ -27,8 +28,12 @@ def main():
             result = Path(part, "model")
             result.mkdir()
             peer.convert(problem, result)
-            result.rename(target)
-            os.chdir(target)
+            os.chdir(target.parent)
+            try:
+                result.rename(target)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # that is: another run was faster
+                    raise
 
 
 if __name__ == "__main__":

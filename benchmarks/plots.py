@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend that needs no display
+from matplotlib.ticker import NullFormatter  # noqa: E402
 
 from benchmarks.report import fastest, groups  # noqa: E402
 from benchmarks.timing import Result  # noqa: E402
@@ -26,7 +27,7 @@ def bars(results: list[Result], facts: dict, file: Path):
     others = [peer for peer in peers if peer not in OURS]
     colours = OURS | {peer: OTHERS(0.75 * i / max(1, len(others))) for i, peer in enumerate(others)}
     models = max(map(len, panels.values()))
-    size = max(8, 1.6 * models), 3.6 * len(panels) + 1
+    size = max(9, 1.6 * models), 3.6 * len(panels) + 1
     figure, all_axes = plt.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
     for axes, ((threads, batch), rows) in zip(all_axes.flat, panels.items(), strict=True):
         labels = []
@@ -46,7 +47,7 @@ def bars(results: list[Result], facts: dict, file: Path):
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[peer]) for peer in peers]
-    figure.legend(handles, peers, loc="outside lower center", ncols=min(5, len(peers)), frameon=False)
+    figure.legend(handles, peers, loc="outside lower center", ncols=min(5, len(peers)), frameon=False, fontsize=9)
     figure.suptitle(f"{title(facts)}\nunder each model: the fastest peer's median latency", fontsize=10)
     figure.savefig(file, dpi=120)
     plt.close(figure)
@@ -74,11 +75,16 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
             x = [1e3 * 2 * r.gmacs / r.mbytes for r in best]
             axes.scatter(x, [r.gflops for r in best], color=colour, marker=marker, s=28, label=name, zorder=3)
         label_points(axes, rows, len(rows) <= 12)
-        axes.set(xscale="log", yscale="log", xlim=(low, high))
+        # Down to a decade below the peak at least, so that what lies just under it looks so.
+        least = min(r.gflops for row in rows.values() for r in row.values())
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(least / 2, peak / 10), 2 * peak))
         axes.set_xlabel("multiply-adds × 2 per byte, layer by layer (FLOP/B)")
         axes.set_ylabel("GFLOP/s")
         axes.set_title(f"{threads} thread(s), batch {batch}", loc="left")
         axes.grid(which="both", alpha=0.2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.legend(loc="lower right")
     figure.suptitle(title(facts), fontsize=10)
     figure.savefig(file, dpi=120)
