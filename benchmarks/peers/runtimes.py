@@ -148,8 +148,8 @@ def mnn(problem, threads, folder):
 
     options = {"backend": "CPU", "numThread": threads, "precision": "high", "memory": "high", "power": "high"}
     manager = MNN.nn.create_runtime_manager((options,))
-    # By default it takes Winograd tiles so large that Inception v3 errs by a hundredth of its largest output, and even
-    # Xception's stem by 200 times what eager float32 does: no float32 any more. This many tile sizes, it errs as others.
+    # By default it takes Winograd tiles so large that Inception v3 errs by a hundredth of its largest output, and
+    # Xception by 200 times what eager float32 does: no float32 any more. With fewer sizes of tiles it errs as others.
     winograd_memory_level = 3
     manager.set_hint(winograd_memory_level, 1)
     module = MNN.nn.load_module_from_file(str(folder / "model.mnn"), ["x"], ["y"], runtime_manager=manager)
