@@ -1,5 +1,6 @@
 """Timing of this package against others. Start with ``python -m benchmarks --help``.
 
-cases.py holds what is run, peers.py who runs it, worker.py one peer in one process, timing.py the interleaved rounds,
-and report.py the tables. To add a model or a peer, add a function to the first two.
+cases/ holds what is run, peers/ who runs it, convert.py makes their model files, worker.py is one peer in one process,
+timing.py the interleaved rounds, report.py and plots.py what is shown. To add a model or a peer, add an entry to
+cases/networks.py or a function to peers/runtimes.py.
 """

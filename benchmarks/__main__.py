@@ -1,20 +1,36 @@
-"""``python -m benchmarks [models|operators|demo]``: see --help."""
+"""``python -m benchmarks [models|layers|operators|demo]``: see --help."""
 
 import argparse
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.cases import CASES
+from benchmarks.cases import SUITES, cases_of
 from benchmarks.peers import PEERS
-from benchmarks.timing import ROOT, measure
+from benchmarks.timing import ROOT, ceilings, measure
 from mobilenet_fast.cli import command_line, positive, thread_count
+
+# Every operation on every instruction set, in half a minute.
+TESTS = (
+    "test_activation.py",
+    "test_batch_norm_act.py",
+    "test_squeeze_excite.py",
+    "test_depthwise_conv2d.py::test_layers_of_real_networks",
+    "test_depthwise_conv2d.py::test_every_tap_counts",
+    "test_pointwise_conv2d.py::test_layers_of_real_networks",
+    "test_pointwise_conv2d.py::test_every_weight_counts",
+)
 
 
 def selected(names, wanted, what):
-    """The names that contain one of the wanted words; all of them without words."""
-    chosen = [name for name in names if not wanted or any(word in name for word in wanted)]
+    """Those that contain one of the wanted words in what is searched; all of them without words.
+
+    ``names`` says for each name where to search.
+    """
+    chosen = [name for name, searched in names.items() if not wanted or any(word in searched for word in wanted)]
     if not chosen:
         sys.exit(f"benchmarks: no {what} matches {', '.join(wanted)}; there are: {', '.join(names)}")
     return chosen
@@ -22,15 +38,18 @@ def selected(names, wanted, what):
 
 def parse(arguments):
     parser = argparse.ArgumentParser("benchmarks", description="Times this package against others on the CPU.")
-    parser.add_argument("suite", nargs="?", default="models", choices=["models", "operators", "demo"])
-    parser.add_argument("--case", nargs="+", metavar="WORD", help="only cases whose name contains a word")
+    parser.add_argument("suite", nargs="?", default="models", choices=SUITES)
+    parser.add_argument(
+        "--case", nargs="+", metavar="WORD", help="only cases whose name, or a layer's model, has a word"
+    )
     parser.add_argument("--peer", nargs="+", metavar="WORD", help="only peers whose name contains a word")
     counts = sorted({1, len(os.sched_getaffinity(0))})
     parser.add_argument("--threads", nargs="+", type=thread_count, default=counts, help="default: 1 and all")
     parser.add_argument("--batch", nargs="+", type=positive, default=[1])
     parser.add_argument("--rounds", type=int, default=15, help="how many times each peer has its turn (%(default)s)")
     parser.add_argument("--seconds", type=float, default=0.2, help="length of a turn (%(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for JSON and CSV")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for JSON, CSV, PNG")
+    parser.add_argument("--skip-tests", action="store_true", help="measure without running the kernels' tests first")
     parser.add_argument("--list", action="store_true", help="list cases and peers")
     options = parser.parse_args(arguments)
     for name in ("case", "peer", "batch", "out"):
@@ -39,33 +58,48 @@ def parse(arguments):
     return options
 
 
+def kernels_pass() -> bool:
+    print("testing the kernels, half a minute (--skip-tests) …", file=sys.stderr)
+    command = [sys.executable, "-m", "pytest", "-qx", *(f"tests/{test}" for test in TESTS)]
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if run.returncode:
+        print(run.stdout, "benchmarks: no figures while a test is red", sep="\n", file=sys.stderr)
+    return run.returncode == 0
+
+
 @command_line
 def main(arguments=None):
     options = parse(arguments)
-    cases = selected([name for suite, name in CASES if suite == options.suite], options.case, "case")
-    peers = [PEERS[name] for name in selected([*PEERS], options.peer, "peer") if options.suite in PEERS[name].suites]
+    cases = {case.name: case for case in cases_of(options.suite)}
+    searched = {name: " ".join([name, *case.models]) for name, case in cases.items()}
+    cases = [cases[name] for name in selected(searched, options.case, "case")]
+    suite_peers = {peer.name: peer.name for peer in PEERS.values() if options.suite in peer.suites}
+    peers = [PEERS[name] for name in selected(suite_peers, options.peer, "peer")]
     if options.list:
-        lines = [p.name if p.available() else f"{p.name} (needs {p.needs})" for p in peers]
-        print("cases:", *cases, "peers:", *lines, sep="\n  ")
+        lines = [f"{p.name} (not installed: {', '.join(p.missing())})" if p.missing() else p.name for p in peers]
+        print("cases:", *(case.name for case in cases), "peers:", *lines, sep="\n  ")
         return 0
     if options.suite == "demo":
         from benchmarks import demo
 
         return demo.main(options)
-    for absent in (p for p in peers if not p.available()):
-        print(f"left out: {absent.name} (needs {absent.needs})", file=sys.stderr)
-    peers = [p for p in peers if p.available()]
+    if not (options.skip_tests or kernels_pass()):
+        return 1
 
-    results = []
-    for name in cases:
-        for threads in options.threads:
-            for batch in options.batch:
-                rows = measure(CASES[options.suite, name], peers, threads, batch, options.rounds, options.seconds)
-                print(report.results_table(rows), flush=True)
-                results += rows
+    results, start = [], time.monotonic()
+    runs = [(case, threads, batch) for threads in options.threads for batch in options.batch for case in cases]
+    for i, (case, threads, batch) in enumerate(runs):
+        minutes = (time.monotonic() - start) / 60
+        place = f"[{i + 1}/{len(runs)}, {minutes:.0f} min]"
+        print(f"{place} {case.name}, {threads} thread(s), batch {batch}", file=sys.stderr)
+        rows = measure(case, peers, threads, batch, options.rounds, options.seconds)
+        print(report.results_table(rows), flush=True)
+        results += rows
+    if len(runs) > 1:
+        print(report.summary(results))
     facts = report.conditions()
     print(f"{facts['cpu']} · {facts['isa']} · torch {facts['versions']['torch']} · commit {facts['commit']}")
-    print("written:", *report.save(results, options.out))
+    print("written:", *report.save(results, {threads: ceilings(threads) for threads in options.threads}, options.out))
     return int(any(r.failed for r in results))
 
 

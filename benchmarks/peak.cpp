@@ -1,9 +1,16 @@
-// Prints the single-precision multiply-adds that this CPU reaches from registers, in GFLOP/s: peak THREADS SECONDS.
+// Prints what this CPU can do at most, all threads together: peak WHAT THREADS SECONDS, where WHAT is
+//   fma     single-precision multiply-adds from registers, in GFLOP/s, of the instruction set that it is compiled for;
+//   l2      copying within half of each core's second-level cache, in GB/s read and written;
+//   memory  copying between buffers four times the last-level cache.
 #include <omp.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
 
 #if defined(__aarch64__)
 #define REGISTER(v) "+w"(v)
@@ -20,7 +27,8 @@ constexpr int kBytes = 16;
 #endif
 typedef float Vec __attribute__((vector_size(kBytes)));
 
-// Twelve independent chains cover the latency of two multiply-add units. The empty asm keeps the compiler from folding them.
+// Twelve independent chains cover the latency of two multiply-add units. The empty asm keeps the compiler from folding
+// them.
 static void multiply_add(long iterations, Vec factor) {
   Vec a[12] = {};
   for (long i = 0; i < iterations; ++i) {
@@ -32,25 +40,59 @@ static void multiply_add(long iterations, Vec factor) {
   }
 }
 
-int main(int argc, char** argv) {
-  if (argc != 3) return 1;
-  const int threads = std::atoi(argv[1]);
-  const double seconds = std::atof(argv[2]);
-  constexpr long kIterations = 100000;
-  double flops = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : flops)
+// Every thread repeats its work for as long; returns the sum of what each did per second.
+template <class Work>
+static double rate(int threads, double seconds, double amount, const Work& prepare) {
+  double sum = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : sum)
   {
     using Clock = std::chrono::steady_clock;
-    const auto elapsed = [](Clock::time_point since) { return std::chrono::duration<double>(Clock::now() - since).count(); };
-    multiply_add(kIterations, Vec{} + 0.5f);
+    const auto elapsed = [](Clock::time_point since) {
+      return std::chrono::duration<double>(Clock::now() - since).count();
+    };
+    auto work = prepare();
+    work();
 #pragma omp barrier
     const auto start = Clock::now();
     long rounds = 0;
     do {
-      multiply_add(kIterations, Vec{} + 0.5f);
+      work();
       ++rounds;
     } while (elapsed(start) < seconds);
-    flops += 2.0 * 12 * (kBytes / sizeof(float)) * kIterations * rounds / elapsed(start);
+    sum += amount * rounds / elapsed(start);
   }
-  std::printf("%.1f\n", flops / 1e9);
+  return sum / 1e9;
+}
+
+static double copy_rate(int threads, double seconds, size_t bytes) {
+  return rate(threads, seconds, 2.0 * bytes, [=] {
+    return [from = std::vector<char>(bytes, 1), to = std::vector<char>(bytes, 2)]() mutable {
+      std::memcpy(to.data(), from.data(), from.size());
+      asm volatile("" : : "r"(to.data()) : "memory");
+    };
+  });
+}
+
+static size_t cache_size(int level, size_t unknown) {
+  const long bytes = sysconf(level);
+  return bytes > 0 ? bytes : unknown;
+}
+
+int main(int argc, char** argv) {
+  if (argc != 4) return 1;
+  const std::string what = argv[1];
+  const int threads = std::atoi(argv[2]);
+  const double seconds = std::atof(argv[3]);
+  constexpr long kIterations = 100000;
+  if (what == "fma") {
+    const double flops = 2.0 * 12 * (kBytes / sizeof(float)) * kIterations;
+    std::printf("%.1f\n",
+                rate(threads, seconds, flops, [] { return [] { multiply_add(kIterations, Vec{} + 0.5f); }; }));
+  } else if (what == "l2") {
+    std::printf("%.1f\n", copy_rate(threads, seconds, cache_size(_SC_LEVEL2_CACHE_SIZE, 1 << 20) / 4));
+  } else if (what == "memory") {
+    std::printf("%.1f\n", copy_rate(threads, seconds, 4 * cache_size(_SC_LEVEL3_CACHE_SIZE, 32 << 20)));
+  } else {
+    return 1;
+  }
 }

@@ -28,27 +28,60 @@ class Result:
     q3_ms: float | None = None
     calls: int = 0
     error: float | None = None  # largest difference from float64, as a share of the largest output
+    ours: bool = False
     gmacs: float | None = None
-    peak_gflops: float | None = None  # of all threads together, around this case's rounds
+    mbytes: float | None = None  # layer by layer: inputs, weights and outputs of convolutions and linear layers
+    peak_gflops: float | None = None  # of all threads together, the largest around this case's rounds
+    peak_low_gflops: float | None = None  # the smallest: far below, others used the machine
     peak_share: float | None = None  # 2 · MACs / (time · peak)
     copy_share: float | None = None  # time of a copy of the input / time
+    absent: str | None = None  # why there is no figure although nothing went wrong
     failed: str | None = None
 
     as_dict = asdict
+
+    @property
+    def gflops(self) -> float:
+        return 2 * self.gmacs / (self.median_ms / 1e3)
+
+
+def environment(threads: int) -> dict[str, str]:
+    return dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+
+
+def verbose() -> bool:
+    return bool(os.environ.get("BENCHMARKS_VERBOSE"))
+
+
+def convert(case: Case, peer: Peer, batch: int) -> str | None:
+    """Makes the files that the peer needs and lacks; returns what went wrong."""
+    wanted = [folder / "problem.pt"] if (folder := case.folder(batch)) else []
+    if conversion := peer.conversion(case, batch):
+        wanted.append(conversion)
+    if all(path.exists() for path in wanted):
+        return None
+    print(f"  converting {case.name} for {peer.name}, which takes up to a minute, once", file=sys.stderr)
+    arguments = [case.suite, case.name, str(batch), peer.name]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.convert", *arguments], cwd=ROOT, capture_output=not verbose(), text=True
+    )
+    if not done.returncode:
+        return None
+    lines = (done.stderr or "").strip().splitlines() or [f"status {done.returncode}"]
+    return f"conversion: {lines[-1]}"
 
 
 class Worker:
     def __init__(self, case: Case, peer: Peer, threads: int, batch: int):
         self.peer = peer
-        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
         arguments = [case.suite, case.name, peer.name, str(threads), str(batch)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=None if os.environ.get("BENCHMARKS_VERBOSE") else subprocess.DEVNULL,
+            stderr=None if verbose() else subprocess.DEVNULL,
             text=True,
-            env=environment,
+            env=environment(threads),
             cwd=ROOT,
         )
         self.facts = self.answer()
@@ -69,37 +102,60 @@ class Worker:
         self.process.wait()
 
 
+# The peak that a kernel is held to is that of the instructions it may use.
+PEAK_FLAGS = {"avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma"]}
+
+
 @cache
 def peak_program() -> str:
-    source, program = ROOT / "benchmarks" / "peak.cpp", ROOT / "build" / "peak"
+    import mobilenet_fast
+
+    isa = mobilenet_fast.cpu_isa()
+    source, program = ROOT / "benchmarks" / "peak.cpp", ROOT / "build" / f"peak-{isa}"
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         program.parent.mkdir(exist_ok=True)
-        compiler = os.environ.get("CXX", "g++")
-        subprocess.run([compiler, "-O3", "-march=native", "-fopenmp", str(source), "-o", str(program)], check=True)
+        flags = ["-std=c++17", "-O3", "-fopenmp", *PEAK_FLAGS.get(isa, [])]
+        subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(program)], check=True)
     return str(program)
 
 
-def peak_gflops(threads: int) -> float:
-    return float(subprocess.run([peak_program(), str(threads), "0.1"], check=True, capture_output=True).stdout)
+def peak(what: str, threads: int, seconds: float = 0.1) -> float:
+    """GFLOP/s of multiply-adds (``fma``) or GB/s of a copy (``l2``, ``memory``) by all threads together."""
+    arguments = [peak_program(), what, str(threads), str(seconds)]
+    return float(subprocess.run(arguments, check=True, capture_output=True, env=environment(threads)).stdout)
+
+
+def ceilings(threads: int) -> dict[str, float]:
+    return {what: peak(what, threads, 0.5) for what in ("l2", "memory")}
 
 
 def measure(case: Case, peers: list[Peer], threads: int, batch: int, rounds: int, seconds: float) -> list[Result]:
     workers, results, times = [], {}, {}
     try:
         for peer in peers:
-            result = results[peer.name] = Result(case.suite, case.name, peer.name, threads, batch)
-            print(f"{case.name}, {threads} thread(s): preparing {peer.name}", file=sys.stderr)
+            result = results[peer.name] = Result(case.suite, case.name, peer.name, threads, batch, ours=peer.ours)
+            if missing := peer.missing():
+                result.absent = f"not installed: {', '.join(missing)}"
+                continue
+            print(f"  preparing {peer.name}", file=sys.stderr)
+            if failure := convert(case, peer, batch):
+                result.failed = failure
+                continue
             worker = Worker(case, peer, threads, batch)
             workers.append(worker)
-            result.failed, result.error = worker.facts.get("failed"), worker.facts.get("error")
-            result.gmacs = worker.facts["macs"] / 1e9 if "macs" in worker.facts else None
-        ready = [worker for worker in workers if "failed" not in worker.facts]
-        peaks = [peak_gflops(threads)]
-        for _ in range(rounds):
+            facts = worker.facts
+            result.failed, result.absent, result.error = map(facts.get, ("failed", "absent", "error"))
+            if "macs" in facts:
+                result.gmacs, result.mbytes = facts["macs"] / 1e9, facts["bytes"] / 1e6
+        ready = [worker for worker in workers if "macs" in worker.facts]
+        peaks = [peak("fma", threads)]
+        for turn in range(rounds):
+            print(f"\r  round {turn + 1} of {rounds}", end="", file=sys.stderr, flush=True)
             for worker in ready:
                 times.setdefault(worker.peer.name, []).extend(worker.round(seconds))
                 time.sleep(0.01)  # the idle threads of one peer's OpenMP spin for a while after its last region
-            peaks.append(peak_gflops(threads))
+            peaks.append(peak("fma", threads))
+        print(file=sys.stderr)
     finally:
         for worker in workers:
             worker.close()
@@ -109,9 +165,9 @@ def measure(case: Case, peers: list[Peer], threads: int, batch: int, rounds: int
             quartiles = statistics.quantiles(sample, n=4) if len(sample) > 1 else sample * 3
             result.q1_ms, result.median_ms, result.q3_ms = quartiles
             result.calls = len(sample)
-            result.peak_gflops = max(peaks)
+            result.peak_gflops, result.peak_low_gflops = max(peaks), min(peaks)
             if result.error is not None and result.gmacs:
-                result.peak_share = 2 * result.gmacs / (result.median_ms / 1e3 * result.peak_gflops)
+                result.peak_share = result.gflops / result.peak_gflops
             if "copy" in times:
                 result.copy_share = statistics.median(times["copy"]) / result.median_ms
     return list(results.values())

@@ -1,0 +1,113 @@
+"""Bar chart and roofline plot of a run."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend that needs no display
+from matplotlib.ticker import NullFormatter  # noqa: E402
+
+from benchmarks.report import fastest, groups  # noqa: E402
+from benchmarks.timing import Result  # noqa: E402
+
+OURS = {"accelerate": "#c1121f", "replace_layers": "#f4978e"}
+OTHERS = plt.get_cmap("GnBu_r")
+
+
+def title(facts: dict) -> str:
+    return f"{facts['cpu']} · {facts['isa']} · commit {facts['commit']}"
+
+
+def bars(results: list[Result], facts: dict, file: Path):
+    """Each peer's speed as a share of the fastest runtime's or PyTorch's, a group of bars a model."""
+    panels = groups(results)
+    peers = list(dict.fromkeys(r.peer for r in results if r.median_ms is not None))
+    others = [peer for peer in peers if peer not in OURS]
+    colours = OURS | {peer: OTHERS(0.75 * i / max(1, len(others))) for i, peer in enumerate(others)}
+    models = max(map(len, panels.values()))
+    size = max(9, 1.6 * models), 3.6 * len(panels) + 1
+    figure, all_axes = plt.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axes, ((threads, batch), rows) in zip(all_axes.flat, panels.items(), strict=True):
+        labels = []
+        for place, (case, row) in enumerate(rows.items()):
+            best = fastest(row, ours=False)
+            labels.append(f"{case.replace('_', chr(10), 1)}\n{best.median_ms:.3g} ms" if best else case)
+            for i, peer in enumerate(peers):
+                result = row.get(peer)
+                if best and result and result.median_ms is not None:
+                    x = place + 0.85 * ((i + 0.5) / len(peers) - 0.5)
+                    axes.bar(x, best.median_ms / result.median_ms, 0.85 / len(peers), color=colours[peer])
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlim(-0.6, len(labels) - 0.4)
+        axes.set_ylabel("speed, fastest peer = 1")
+        axes.set_title(f"{threads} thread(s), batch {batch}", loc="left")
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[peer]) for peer in peers]
+    figure.legend(handles, peers, loc="outside lower center", ncols=min(5, len(peers)), frameon=False, fontsize=9)
+    figure.suptitle(f"{title(facts)}\nunder each model: the fastest peer's median latency", fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts: dict, file: Path):
+    """What was reached against what multiply-add units and copying allow, a panel for each thread count and batch."""
+    panels = groups([r for r in results if r.peak_share])
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 6), squeeze=False, layout="constrained")
+    for axes, ((threads, batch), rows) in zip(all_axes.flat, panels.items(), strict=True):
+        peak = max(r.peak_gflops for row in rows.values() for r in row.values())
+        intensities = [1e3 * 2 * r.gmacs / r.mbytes for row in rows.values() for r in row.values()]
+        low, high = min(intensities) / 2, max(intensities) * 2.5
+        axes.plot([low, high], [peak, peak], color="black")
+        axes.annotate(
+            f"multiply-add peak {peak:.0f} GFLOP/s", (high, peak), (0, 4), textcoords="offset points", ha="right"
+        )
+        for (what, bandwidth), style in zip(ceilings[threads].items(), ("--", ":"), strict=True):
+            end = min(high, peak / bandwidth)
+            axes.plot([low, end], [low * bandwidth, end * bandwidth], color="black", linestyle=style)
+            name = {"l2": "copy in L2", "memory": "copy in memory"}[what]
+            axes.plot([], [], color="black", linestyle=style, label=f"{name}, {bandwidth:.0f} GB/s")
+        for ours, colour, marker, name in ((True, "#c1121f", "o", "ours"), (False, "#3a7ca5", "x", "fastest peer")):
+            best = [r for row in rows.values() if (r := fastest(row, ours))]
+            x = [1e3 * 2 * r.gmacs / r.mbytes for r in best]
+            axes.scatter(x, [r.gflops for r in best], color=colour, marker=marker, s=28, label=name, zorder=3)
+        label_points(axes, rows, len(rows) <= 12)
+        # Down to a decade below the peak at least, so that what lies just under it looks so.
+        least = min(r.gflops for row in rows.values() for r in row.values())
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(least / 2, peak / 10), 2 * peak))
+        axes.set_xlabel("multiply-adds × 2 per byte, layer by layer (FLOP/B)")
+        axes.set_ylabel("GFLOP/s")
+        axes.set_title(f"{threads} thread(s), batch {batch}", loc="left")
+        axes.grid(which="both", alpha=0.2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        axes.legend(loc="lower right")
+    figure.suptitle(title(facts), fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def label_points(axes, rows, readable: bool):
+    """Names beside our points, spread in height where points lie close together."""
+    points = [(r.gflops, 1e3 * 2 * r.gmacs / r.mbytes, case) for case, row in rows.items() if (r := fastest(row, True))]
+    lowest = -math.inf
+    for y, x, case in sorted(points) if readable else ():
+        lowest = max(math.log10(y), lowest + 0.05)
+        axes.annotate(
+            case, (x, y), (x * 1.06, 10**lowest), fontsize=8, arrowprops={"arrowstyle": "-", "linewidth": 0.3}
+        )
+
+
+def save(results: list[Result], ceilings: dict[int, dict[str, float]], facts: dict, stem: Path) -> list[Path]:
+    files = []
+    if results[0].suite == "models" and any(r.median_ms is not None for r in results):
+        files.append(stem.with_name(stem.name + "-speed.png"))
+        bars(results, facts, files[-1])
+    if any(r.peak_share for r in results):
+        files.append(stem.with_name(stem.name + "-roofline.png"))
+        roofline(results, ceilings, facts, files[-1])
+    return files
