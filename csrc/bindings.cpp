@@ -135,6 +135,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          double eps) { return fold_batch_norm(mean, var, weight, bias, eps, current_isa()); },
       py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"));
   m.def("l2_cache_bytes", &l2_cache_bytes);
+  m.def(
+      "peak_gflops",
+      [=](const std::string& isa, int threads) { return peak_gflops(isa_of(isa), std::max(1, threads)); },
+      py::arg("isa"), py::arg("threads"), release);
 
   py::class_<ValueRef>(m, "ValueRef").def(py::init<int64_t>()).def_readonly("index", &ValueRef::index);
   py::class_<Plan>(m, "Plan")

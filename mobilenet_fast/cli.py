@@ -1,4 +1,5 @@
-"""``python -m mobilenet_fast classify IMAGE…`` names photographs; ``info`` says what the package runs on."""
+"""``python -m mobilenet_fast classify IMAGE…`` names photographs; ``profile`` times the steps of a model;
+``info`` says what the package runs on."""
 
 from __future__ import annotations
 
@@ -132,6 +133,18 @@ def classify(options) -> int:
     return int(failed)
 
 
+def profile(options) -> int:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.weights:
+        model = load_model(options.model, options.weights)
+    else:
+        model = models.create_model(options.model).eval()  # speed does not depend on the weights
+    picture = torch.randn(options.batch, 3, options.size, options.size)
+    print(mobilenet_fast.accelerate(model, (picture,)).profile(picture))
+    return 0
+
+
 def info(options) -> int:
     from mobilenet_fast import _C
 
@@ -212,6 +225,14 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--top", type=positive, default=5, help="how many classes to print (%(default)s)")
     command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
     command.set_defaults(run=classify)
+
+    command = commands.add_parser("profile", help="time each step of an accelerated model")
+    command.add_argument("model", metavar="MODEL", choices=models.list_models(), help=", ".join(models.list_models()))
+    command.add_argument("--weights", metavar="FILE", help="a state dict with the model's weights")
+    command.add_argument("--batch", type=positive, default=1, help="pictures a call (%(default)s)")
+    command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
+    command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
+    command.set_defaults(run=profile)
 
     command = commands.add_parser("info", help="versions, instruction sets, threads, devices")
     command.set_defaults(run=info)

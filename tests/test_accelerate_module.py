@@ -475,10 +475,33 @@ def test_a_model_that_was_exported_before(model, x):
         torch.testing.assert_close(fast.refresh()(x), model(x))
 
 
-def test_the_engine_times_its_steps(model, x):
-    fast = accelerate(model, x)
-    seconds = fast._last.plan.engine.profile([x])
-    assert len(seconds) == len(fast.explain().rows) and all(s > 0 for s in seconds)
+def test_profile_times_and_counts_each_step(x, threads):
+    threads(1)
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3, 2),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, groups=16),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.LazyLinear(5),
+    ).eval()
+    picture = torch.randn(3, 8, 13, 15)
+    model(picture)
+    profile = accelerate(model).profile(picture, runs=3)
+    rows = {row.operation: row for row in profile.rows}
+    assert rows["conv2d + relu"].macs == 3 * 6 * 7 * 16 * 8 * 9
+    assert rows["depthwise_conv2d"].macs == 3 * 4 * 5 * 16 * 9
+    assert rows["linear"].macs == 3 * 64 * 5 and rows["pool2d"].macs == 0
+    assert rows["pool2d"].bytes == 4 * 3 * 16 * (4 * 5 + 2 * 2)
+    assert len(profile.seconds) == len(profile.rows) and all(s > 0 for s in profile.seconds)
+    assert profile.total_seconds > 0 and profile.peak_gflops > 0 and profile.threads == 1
+    lines = str(profile).splitlines()
+    assert len(lines) == len(profile.rows) + 2 and lines[0].split()[:3] == ["step", "operation", "output"]
+    assert any("█" in line for line in lines[1:-1])
+    with pytest.raises(ValueError, match="^accelerate: runs must be at least 1, got 0$"):
+        accelerate(model).profile(picture, runs=0)
+    block = accelerate(mobilenet_fast.models.mobilenet_v2().eval()).profile(torch.randn(1, 3, 224, 224), runs=1)
+    assert sum(row.macs for row in block.rows) == 300_774_272  # the paper's 300 million, fused blocks included
 
 
 BAD_INPUTS = {

@@ -188,3 +188,13 @@ def test_info_obeys_the_cap():
     facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert facts["used"] == "scalar (MOBILENET_FAST_ISA=scalar)"
     assert facts["torch"] == torch.__version__
+
+
+def test_profile_prints_a_row_a_step(capsys):
+    assert cli.main(["profile", "mobilenet_v3_small", "--size", "64", "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "GFLOP/s  % of peak  GB/s" in lines[0]
+    assert lines[1].startswith("0 conv2d") and "█" in lines[1]
+    assert " ms a call on 1 thread of " in lines[-1]
+    with pytest.raises(SystemExit):
+        cli.main(["profile", "resnet18"])

@@ -70,6 +70,24 @@ Memory allocate(size_t bytes) {
   return memory;
 }
 
+double peak_gflops(Isa isa, int threads) {
+  const Kernels<float>& k = kernels<float>(isa);
+  constexpr int64_t kRounds = 20000;  // about a millisecond
+  double best = 0;
+  run_team(threads, [&](const Team& team) {
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      team.sync();
+      const double start = now();
+      const volatile float result = k.multiply_add(kRounds, 0.99f, 0.01f);
+      (void)result;
+      team.sync();
+      const double gflops = 1e-9 * static_cast<double>(kRounds * k.multiply_add_flops * team.size) / (now() - start);
+      if (team.index == 0) best = std::max(best, gflops);
+    }
+  });
+  return best;
+}
+
 void run_step(const Step& step, const std::vector<Buffer>& buffers) {
   thread_local Scratch scratch;
   const int threads = static_cast<int>(std::clamp<int64_t>(step.threads_worth(), 1, team_size()));

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "engine/team.h"
+#include "kernels/isa.h"
 
 namespace mobilenet_fast {
 
@@ -69,6 +70,9 @@ class Scratch {
   Memory memory_;
   size_t size_ = 0;
 };
+
+// Multiply-adds of `threads` threads together that registers alone allow, in float32 GFLOP/s.
+double peak_gflops(Isa isa, int threads);
 
 // Runs one step for an eager operator.
 void run_step(const Step& step, const std::vector<Buffer>& buffers);

@@ -128,6 +128,9 @@ struct Kernels {
                           int64_t begin, int64_t end, int64_t out_channels, Activation activation, T* y);
   // out[k * width + j] = source[j * depth + k] * scale[j] for j < columns, 0 up to width; without scale it is 1.
   void (*pack_columns)(const T* source, int64_t columns, int64_t depth, const T* scale, T* out, int64_t width);
+  // `rounds` rounds of multiply_add_flops operations each, acc = acc * a + b on registers: the peak to measure against.
+  T (*multiply_add)(int64_t rounds, T a, T b);
+  int multiply_add_flops;
   // scale = weight / sqrt(var + eps), shift = bias - mean * scale; weight and bias may be null for 1 and 0.
   void (*fold_batch_norm)(const T* mean, const T* var, const T* weight, const T* bias, T eps, int64_t channels,
                           T* scale, T* shift);

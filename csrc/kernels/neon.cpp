@@ -13,6 +13,7 @@
 #include "kernels/depthwise_conv2d.h"
 #include "kernels/gemm.h"
 #include "kernels/pack.h"
+#include "kernels/peak.h"
 #include "kernels/pool.h"
 #include "kernels/squeeze_excite.h"
 #include "kernels/winograd.h"

@@ -23,6 +23,8 @@ static Kernels<T> table(Isa isa) {
           sum_plane<T>,
           fully_connected<T>,
           pack_columns<T>,
+          multiply_add<T>,
+          PeakLoop<T>::kFlops,
           fold_batch_norm<T>};
 }
 

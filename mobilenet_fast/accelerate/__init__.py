@@ -2,5 +2,6 @@
 
 from .module import AcceleratedModule, accelerate, load
 from .plan import Report
+from .profile import Profile
 
-__all__ = ["AcceleratedModule", "Report", "accelerate", "load"]
+__all__ = ["AcceleratedModule", "Profile", "Report", "accelerate", "load"]

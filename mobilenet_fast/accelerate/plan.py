@@ -73,6 +73,10 @@ class Row:
     kernel: str
     fallback: str
     """Why no kernel of ours runs it; empty where one does."""
+    macs: int
+    """Multiply-adds of convolutions and linear layers, as the layers state them, whatever algorithm runs."""
+    bytes: int
+    """Inputs, weights and outputs, each counted once."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +173,10 @@ class _Builder:
         self.ids: dict[Node, int] = {}
         self.sums: dict[Node, int] = {}  # of depthwise convolutions whose output is averaged
         self.steps: list[Callable[[_C.Plan], None]] = []
-        self.rows: list[tuple[Node, str, str]] = []  # node, operation, fallback
+        self.rows: list[tuple[Node, str, str, int]] = []  # node, operation, fallback, bytes
         self.users = graph.users()
         self.weights: list[torch.Tensor] = []
+        self.weights_of_step: list[torch.Tensor] = []
 
     def build(self) -> Plan:
         outputs = self.graph.output_nodes()
@@ -227,8 +232,8 @@ class _Builder:
         for emit in self.steps:
             emit(engine)
         rows = tuple(
-            Row(node.name, operation, node.shape, kernel, fallback)
-            for (node, operation, fallback), kernel in zip(self.rows, engine.describe(), strict=True)
+            Row(node.name, operation, node.shape, kernel, fallback, _macs(node, self.graph.constants), size)
+            for (node, operation, fallback, size), kernel in zip(self.rows, engine.describe(), strict=True)
         )
         graph_outputs = self.graph.outputs
         positions = [i for i, output in enumerate(graph_outputs) if isinstance(output, Node)]
@@ -289,7 +294,9 @@ class _Builder:
         for value in (self.values[i].root or self.values[i] for i in reads):
             value.last = index
         self.steps.append(emit)
-        self.rows.append((node, operation, fallback))
+        size = sum(_bytes(self.values[i]) for i in {*reads, *writes}) + sum(t.nbytes for t in self.weights_of_step)
+        self.weights_of_step = []
+        self.rows.append((node, operation, fallback, size))
 
     def result(self, output: Node) -> int:
         """The value that an output is returned from."""
@@ -333,6 +340,7 @@ class _Builder:
     def pack(self, weights: Weights, kind: str = "conv2d") -> torch.Tensor:
         packed = self.packed.get(weights, self.graph.constants, kind, self.isa)
         self.weights.append(packed)
+        self.weights_of_step.append(packed)
         return packed
 
     def native(self, node: Node) -> Callable[[_C.Plan], None] | None:
@@ -523,6 +531,23 @@ def takes_slice(node: Node) -> bool:
 def makes_sums(node: Node) -> bool:
     """Whether a step can sum its output over rows while it has it in registers."""
     return is_depthwise(node) or (node.op == "inverted_residual" and node.attrs["project"] is None)
+
+
+def _macs(node: Node, constants: dict[str, torch.Tensor]) -> int:
+    attrs = node.attrs
+
+    def size(*names: str) -> int:
+        return sum(constants[attrs[name].weight].numel() for name in names if attrs.get(name) is not None)
+
+    if node.op in ("conv2d", "linear"):  # each weight meets every output pixel
+        return size("weights") * torch.Size(node.shape).numel() // max(1, node.shape[1 if node.op == "conv2d" else -1])
+    if node.op == "squeeze_excite":
+        return size("weights1", "weights2") * node.shape[0]
+    if node.op == "inverted_residual":
+        n, _, h, w = node.shape
+        _, _, in_h, in_w = node.inputs[0].shape
+        return n * (in_h * in_w * size("expand") + h * w * size("depthwise", "project"))
+    return 0
 
 
 def _bytes(value: _Value) -> int:
