@@ -56,8 +56,13 @@ def bars(results: list[Result], facts: dict, file: Path):
 def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts: dict, file: Path):
     """What was reached against what multiply-add units and copying allow, a panel for each thread count and batch."""
     panels = groups([r for r in results if r.peak_share])
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 6), squeeze=False, layout="constrained")
-    for axes, ((threads, batch), rows) in zip(all_axes.flat, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    size = 8 * columns, 6 * lines
+    figure, all_axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in all_axes.flat[len(panels) :]:
+        axes.remove()
+    for axes, ((threads, batch), rows) in zip(all_axes.flat, panels.items(), strict=False):
         peak = max(r.peak_gflops for row in rows.values() for r in row.values())
         intensities = [1e3 * 2 * r.gmacs / r.mbytes for row in rows.values() for r in row.values()]
         low, high = min(intensities) / 2, max(intensities) * 2.5
