@@ -79,7 +79,6 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
             best = [r for row in rows.values() if (r := fastest(row, ours))]
             x = [1e3 * 2 * r.gmacs / r.mbytes for r in best]
             axes.scatter(x, [r.gflops for r in best], color=colour, marker=marker, s=28, label=name, zorder=3)
-        label_points(axes, rows, len(rows) <= 12)
         # Down to a decade below the peak at least, so that what lies just under it looks so.
         least = min(r.gflops for row in rows.values() for r in row.values())
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(least / 2, peak / 10), 2 * peak))
@@ -87,6 +86,8 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
         axes.set_ylabel("GFLOP/s")
         axes.set_title(f"{threads} thread(s), batch {batch}", loc="left")
         axes.grid(which="both", alpha=0.2)
+        if len(rows) <= 12:
+            label_points(axes, rows)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
@@ -96,15 +97,18 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
     plt.close(figure)
 
 
-def label_points(axes, rows, readable: bool):
-    """Names beside our points, spread in height where points lie close together."""
-    points = [(r.gflops, 1e3 * 2 * r.gmacs / r.mbytes, case) for case, row in rows.items() if (r := fastest(row, True))]
-    lowest = -math.inf
-    for y, x, case in sorted(points) if readable else ():
-        lowest = max(math.log10(y), lowest + 0.05)
-        axes.annotate(
-            case, (x, y), (x * 1.06, 10**lowest), fontsize=8, arrowprops={"arrowstyle": "-", "linewidth": 0.3}
-        )
+def label_points(axes, rows):
+    """Names stand upright below all points, pushed to the right where they would overlap."""
+    points = sorted(
+        (1e3 * 2 * r.gmacs / r.mbytes, r.gflops, case) for case, row in rows.items() if (r := fastest(row, True))
+    )
+    below = 0.8 * min(r.gflops for row in rows.values() for ours in (True, False) if (r := fastest(row, ours)))
+    low, high = axes.get_xlim()
+    step, place = (high / low) ** 0.025, low
+    for x, y, case in points:
+        place = max(x, place * step)
+        line = {"arrowstyle": "-", "linewidth": 0.3}
+        axes.annotate(case, (x, y), (place, below), ha="center", va="top", rotation=90, fontsize=8, arrowprops=line)
 
 
 def save(results: list[Result], ceilings: dict[int, dict[str, float]], facts: dict, stem: Path) -> list[Path]:
