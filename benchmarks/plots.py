@@ -56,8 +56,13 @@ def bars(results: list[Result], facts: dict, file: Path):
 def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts: dict, file: Path):
     """What was reached against what multiply-add units and copying allow, a panel for each thread count and batch."""
     panels = groups([r for r in results if r.peak_share])
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 6), squeeze=False, layout="constrained")
-    for axes, ((threads, batch), rows) in zip(all_axes.flat, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    size = 8 * columns, 6 * lines
+    figure, all_axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in all_axes.flat[len(panels) :]:
+        axes.remove()
+    for axes, ((threads, batch), rows) in zip(all_axes.flat, panels.items(), strict=False):
         peak = max(r.peak_gflops for row in rows.values() for r in row.values())
         intensities = [1e3 * 2 * r.gmacs / r.mbytes for row in rows.values() for r in row.values()]
         low, high = min(intensities) / 2, max(intensities) * 2.5
@@ -74,7 +79,6 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
             best = [r for row in rows.values() if (r := fastest(row, ours))]
             x = [1e3 * 2 * r.gmacs / r.mbytes for r in best]
             axes.scatter(x, [r.gflops for r in best], color=colour, marker=marker, s=28, label=name, zorder=3)
-        label_points(axes, rows, len(rows) <= 12)
         # Down to a decade below the peak at least, so that what lies just under it looks so.
         least = min(r.gflops for row in rows.values() for r in row.values())
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(least / 2, peak / 10), 2 * peak))
@@ -82,6 +86,8 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
         axes.set_ylabel("GFLOP/s")
         axes.set_title(f"{threads} thread(s), batch {batch}", loc="left")
         axes.grid(which="both", alpha=0.2)
+        if len(rows) <= 12:
+            label_points(axes, rows)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
@@ -91,15 +97,18 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
     plt.close(figure)
 
 
-def label_points(axes, rows, readable: bool):
-    """Names beside our points, spread in height where points lie close together."""
-    points = [(r.gflops, 1e3 * 2 * r.gmacs / r.mbytes, case) for case, row in rows.items() if (r := fastest(row, True))]
-    lowest = -math.inf
-    for y, x, case in sorted(points) if readable else ():
-        lowest = max(math.log10(y), lowest + 0.05)
-        axes.annotate(
-            case, (x, y), (x * 1.06, 10**lowest), fontsize=8, arrowprops={"arrowstyle": "-", "linewidth": 0.3}
-        )
+def label_points(axes, rows):
+    """Names stand upright below all points, pushed to the right where they would overlap."""
+    points = sorted(
+        (1e3 * 2 * r.gmacs / r.mbytes, r.gflops, case) for case, row in rows.items() if (r := fastest(row, True))
+    )
+    below = 0.8 * min(r.gflops for row in rows.values() for ours in (True, False) if (r := fastest(row, ours)))
+    low, high = axes.get_xlim()
+    step, place = (high / low) ** 0.025, low
+    for x, y, case in points:
+        place = max(x, place * step)
+        line = {"arrowstyle": "-", "linewidth": 0.3}
+        axes.annotate(case, (x, y), (place, below), ha="center", va="top", rotation=90, fontsize=8, arrowprops=line)
 
 
 def save(results: list[Result], ceilings: dict[int, dict[str, float]], facts: dict, stem: Path) -> list[Path]:
