@@ -13,7 +13,7 @@ from benchmarks.peers import PEERS
 from benchmarks.timing import ROOT, ceilings, measure
 from mobilenet_fast.cli import command_line, positive, thread_count
 
-# Every operation on every instruction set, in half a minute.
+# Every operation on every instruction set, in a minute.
 TESTS = (
     "test_activation.py",
     "test_batch_norm_act.py",
@@ -59,7 +59,7 @@ def parse(arguments):
 
 
 def kernels_pass() -> bool:
-    print("testing the kernels, half a minute (--skip-tests) …", file=sys.stderr)
+    print("testing the kernels, a minute (--skip-tests) …", file=sys.stderr)
     command = [sys.executable, "-m", "pytest", "-qx", *(f"tests/{test}" for test in TESTS)]
     run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if run.returncode:
