@@ -2,9 +2,10 @@
 // copied, padded with zeros, into a strip of scratch memory, in which the taps of one kernel row are consecutive; the
 // GEMM then walks one output row a call, one chunk a kernel row. Without padding the input is read in place.
 //
-// The strip holds whole pixels, N × H × W × C. An image of few channels that comes contiguous (N × C × H × W) is copied
-// plane by plane instead, with a chunk an element, since interleaving it would cost more than the
-// convolution; such weights are packed in both orders (see pack_conv2d).
+// The strip holds whole pixels, N × H × W × C. An image of few channels that comes contiguous (N × C × H × W) is read
+// plane by plane instead, with a chunk an element, since interleaving it would cost more than the convolution; such
+// weights are packed in both orders (see pack_conv2d). A copy would cost a sixth of such a convolution, so only the
+// outputs at the borders take theirs through a strip.
 #include "steps/common.h"
 
 namespace mobilenet_fast {
@@ -38,33 +39,24 @@ class Conv2d final : public Step {
     if (unit_range.size() == 0 || panel_range.size() == 0) return;
     const Buffer& input = work.buffers[x_];
     const bool planar = packs_planes(x_shape_.c, window_.kernel_h * window_.kernel_w) && input.strides[1] != 1;
-    const bool dense = input.strides[1] == 1 && input.strides[3] == x_shape_.c;
-    const bool in_place = dense && window_.pad_top == 0 && window_.pad_left == 0 &&
-                          (y_shape_.h - 1) * window_.stride_h + reach_h() <= x_shape_.h && strip_width_ <= x_shape_.w;
-    // The strip: planes of rows of pixels of so many elements.
-    const int64_t planes = planar ? x_shape_.c : 1, pixel = planar ? 1 : x_shape_.c;
-    const int64_t row_stride = in_place ? input.strides[2] : strip_width_ * pixel;
-    const int64_t plane_stride = strip_input_rows(strip_rows_) * row_stride;
+    const int64_t pixel = planar ? 1 : x_shape_.c, planes = planar ? x_shape_.c : 1;
+    // Outputs whose inputs are all inside the image.
+    const Range inner_rows = inner(x_shape_.h, y_shape_.h, window_.pad_top, window_.stride_h, reach_h());
+    const Range inner_columns = inner(x_shape_.w, y_shape_.w, window_.pad_left, window_.stride_w, reach_w());
+    const bool unpadded = inner_rows.size() == y_shape_.h && inner_columns.size() == y_shape_.w;
+    const bool pixels_together = input.strides[3] == pixel && (planar || input.strides[1] == 1);
+    const bool in_place = pixels_together && (unpadded || planar);
+    const int64_t strip_row = strip_width_ * pixel, strip_plane = strip_input_rows(strip_rows_) * strip_row;
 
     int64_t* offsets = reinterpret_cast<int64_t*>(work.thread_scratch);
+    int64_t* strip_offsets = offsets + max_chunks();
     T* strip = reinterpret_cast<T*>(work.thread_scratch + offset_bytes());
-    // One chunk a kernel row where its taps are neighbours and long enough to be worth a loop, else one a tap.
-    const int64_t taps = window_.dilation_w == 1 && !planar ? 1 : window_.kernel_w;
-    int64_t chunks = 0;
-    for (int64_t plane = 0; plane < planes; ++plane) {
-      for (int64_t ky = 0; ky < window_.kernel_h; ++ky) {
-        for (int64_t kx = 0; kx < taps; ++kx) {
-          offsets[chunks++] =
-              plane * plane_stride + ky * window_.dilation_h * row_stride + kx * window_.dilation_w * pixel;
-        }
-      }
-    }
+    fill_offsets(offsets, planes, pixel, input.strides[2], input.strides[1]);
+    fill_offsets(strip_offsets, planes, pixel, strip_row, strip_plane);
     GemmArgs<T> args{};
     args.a_stride = window_.stride_w * pixel;
-    args.rows = y_shape_.w;
-    args.chunk_offset = offsets;
-    args.chunks = chunks;
-    args.chunk_length = window_.kernel_w / taps * pixel;
+    args.chunks = planes * window_.kernel_h * chunks_per_row(planes);
+    args.chunk_length = window_.kernel_w / chunks_per_row(planes) * pixel;
     args.bias = packed_.const_data_ptr<T>();
     args.weight = args.bias + vectors_ * kernels_.lanes;
     if (planar) {
@@ -75,29 +67,51 @@ class Conv2d final : public Step {
     args.panel_end = panel_range.end;
     args.residual_stride = y_shape_.c;
     args.out_stride = pixel_stride(work.buffers[y_], y_shape_.c);
-    args.rows_per_block = y_shape_.w;
     args.activation = activation_;
-    const T* x = static_cast<const T*>(input.data);
     const T* residual = work.buffer<T>(residual_);
     T* y = work.buffer<T>(y_);
+    // Outputs [columns) of the output row `unit`, from inputs that begin at a.
+    const auto multiply = [&](int64_t unit, Range columns, const T* a, const int64_t* chunk_offset) {
+      if (columns.size() == 0) return;
+      const int64_t y_pixel = unit * y_shape_.w + columns.begin;
+      args.rows = args.rows_per_block = columns.size();
+      args.a = a;
+      args.chunk_offset = chunk_offset;
+      args.residual = residual == nullptr ? nullptr : residual + y_pixel * y_shape_.c;
+      args.out = y + y_pixel * args.out_stride;
+      kernels_.gemm(args);
+    };
     for (int64_t unit = unit_range.begin; unit < unit_range.end;) {
       const int64_t image = unit / y_shape_.h, first = unit % y_shape_.h;
-      const int64_t rows = std::min({strip_rows_, y_shape_.h - first, unit_range.end - unit});
+      const T* source = static_cast<const T*>(input.data) + image * input.strides[0];
+      // Outputs [columns) of `rows` output rows by way of the strip.
+      const auto through_strip = [&](int64_t rows, Range columns) {
+        if (columns.size() == 0) return;
+        const int64_t top = first * window_.stride_h - window_.pad_top;
+        const int64_t left = columns.begin * window_.stride_w - window_.pad_left;
+        const int64_t width = (columns.size() - 1) * window_.stride_w + reach_w();
+        for (int64_t plane = 0; plane < planes; ++plane) {
+          fill_strip(source + plane * input.strides[1], input.strides, pixel, top, strip_input_rows(rows), left, width,
+                     strip + plane * strip_plane);
+        }
+        for (int64_t row = 0; row < rows; ++row) {
+          multiply(unit + row, columns, strip + row * window_.stride_h * strip_row, strip_offsets);
+        }
+      };
+      if (!in_place) {
+        const int64_t rows = std::min({strip_rows_, y_shape_.h - first, unit_range.end - unit});
+        through_strip(rows, {0, y_shape_.w});
+        unit += rows;
+        continue;
+      }
+      const bool inside = first >= inner_rows.begin && first < inner_rows.end;
+      const Range direct = inside ? inner_columns : Range{0, 0};
       const int64_t top = first * window_.stride_h - window_.pad_top;
-      const T* source = x + image * input.strides[0];
-      for (int64_t plane = 0; plane < planes && !in_place; ++plane) {
-        fill_strip(source + plane * input.strides[1], input.strides, pixel, top, strip_input_rows(rows),
-                   strip + plane * plane_stride);
-      }
-      const T* a = in_place ? source + top * row_stride : strip;
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t y_pixel = (unit + row) * y_shape_.w;
-        args.a = a + row * window_.stride_h * row_stride;
-        args.residual = residual == nullptr ? nullptr : residual + y_pixel * y_shape_.c;
-        args.out = y + y_pixel * args.out_stride;
-        kernels_.gemm(args);
-      }
-      unit += rows;
+      const int64_t left = direct.begin * window_.stride_w - window_.pad_left;
+      multiply(unit, direct, source + top * input.strides[2] + left * pixel, offsets);
+      through_strip(1, {0, direct.begin});
+      through_strip(1, {direct.end, y_shape_.w});
+      ++unit;
     }
   }
 
@@ -112,27 +126,48 @@ class Conv2d final : public Step {
 
  private:
   int64_t reach_h() const { return (window_.kernel_h - 1) * window_.dilation_h + 1; }
+  int64_t reach_w() const { return (window_.kernel_w - 1) * window_.dilation_w + 1; }
   // Output rows whose inputs fit into this many input rows.
   int64_t rows_for(int64_t input_rows) const { return (input_rows - reach_h()) / window_.stride_h + 1; }
   int64_t strip_input_rows(int64_t rows) const { return (rows - 1) * window_.stride_h + reach_h(); }
+  int64_t max_chunks() const { return window_.kernel_h * window_.kernel_w * x_shape_.c; }
   size_t offset_bytes() const {
-    const int64_t most = window_.kernel_h * window_.kernel_w * x_shape_.c;
-    return static_cast<size_t>(round_up(most * static_cast<int64_t>(sizeof(int64_t)), 64));
+    return static_cast<size_t>(round_up(2 * max_chunks() * static_cast<int64_t>(sizeof(int64_t)), 64));
+  }
+  // One chunk a kernel row where its taps are neighbours and long enough to be worth a loop, else one a tap.
+  int64_t chunks_per_row(int64_t planes) const { return window_.dilation_w == 1 && planes == 1 ? 1 : window_.kernel_w; }
+
+  // Of `outputs` along one axis, those that read no padding.
+  static Range inner(int64_t inputs, int64_t outputs, int64_t pad, int64_t stride, int64_t reach) {
+    const int64_t begin = std::min(outputs, (pad + stride - 1) / stride);
+    const int64_t room = inputs + pad - reach;
+    return {begin, std::clamp<int64_t>(room < 0 ? 0 : room / stride + 1, begin, outputs)};
   }
 
-  // Input rows [top, top + rows) and the columns that the output reads, zeros where they are outside the image.
-  void fill_strip(const T* x, const int64_t* strides, int64_t pixel, int64_t top, int64_t rows, T* strip) const {
-    const int64_t begin = std::min(window_.pad_left, strip_width_);
-    const int64_t end = std::max(begin, std::min(strip_width_, window_.pad_left + x_shape_.w));
+  void fill_offsets(int64_t* offsets, int64_t planes, int64_t pixel, int64_t row_stride, int64_t plane_stride) const {
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      for (int64_t ky = 0; ky < window_.kernel_h; ++ky) {
+        for (int64_t kx = 0; kx < chunks_per_row(planes); ++kx) {
+          *offsets++ = plane * plane_stride + ky * window_.dilation_h * row_stride + kx * window_.dilation_w * pixel;
+        }
+      }
+    }
+  }
+
+  // Input rows [top, top + rows) and columns [left, left + width), zeros where they are outside the image.
+  void fill_strip(const T* x, const int64_t* strides, int64_t pixel, int64_t top, int64_t rows, int64_t left,
+                  int64_t width, T* strip) const {
+    const int64_t begin = std::clamp<int64_t>(-left, 0, width);
+    const int64_t end = std::clamp<int64_t>(x_shape_.w - left, begin, width);
     for (int64_t row = 0; row < rows; ++row, strip += strip_width_ * pixel) {
       const int64_t iy = top + row;
       if (iy < 0 || iy >= x_shape_.h || begin == end) {
-        std::fill_n(strip, strip_width_ * pixel, T(0));
+        std::fill_n(strip, width * pixel, T(0));
         continue;
       }
-      const T* source = x + iy * strides[2];
+      const T* source = x + iy * strides[2] + (left + begin) * strides[3];
       std::fill_n(strip, begin * pixel, T(0));
-      std::fill_n(strip + end * pixel, (strip_width_ - end) * pixel, T(0));
+      std::fill_n(strip + end * pixel, (width - end) * pixel, T(0));
       T* target = strip + begin * pixel;
       if (strides[3] == pixel && (pixel == 1 || strides[1] == 1)) {
         std::copy_n(source, (end - begin) * pixel, target);
