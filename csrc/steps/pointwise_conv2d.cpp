@@ -26,13 +26,14 @@ class PointwiseConv2d final : public Step {
     rows_per_block_ = std::max<int64_t>(kernels_.panel_rows, l2_cache_bytes() / 4 / row_bytes);
   }
 
-  // Where activations are larger than the weights, each thread takes some of the rows, and finds most of them in its
-  // cache. Else the product's tiles are dealt panel by panel, so that each thread reads a part of the weights: it may
-  // share its first and its last panel with others, and computes some of the rows of those.
+  // Where activations are larger than the weights, or are multiplied by a gate first, each thread takes some of the
+  // rows, and finds most of them in its cache. Else the product's tiles are dealt panel by panel, so that each thread
+  // reads a part of the weights: it may share its first and its last panel with others, and computes some of the rows
+  // of those.
   void run(const Work& work) const override {
     const int64_t rows = shape_.n * shape_.pixels();
     if (rows == 0) return;
-    if (rows * (shape_.c + columns_) >= shape_.c * columns_) {
+    if (gate_ >= 0 || rows * (shape_.c + columns_) >= shape_.c * columns_) {
       multiply(work, work.team.share(rows), {0, panels_});
       return;
     }

@@ -10,7 +10,8 @@ def fuse_blocks(graph: Graph, cache_bytes: int) -> None:
     """Expand → depthwise → project where the expanded tensor would leave the cache between the layers.
 
     ``cache_bytes`` is the L2 cache of a core. On smaller maps the layers stay apart: there each thread takes a part of
-    the channels, and with them of the weights, while in a fused block each reads all weights for its rows.
+    the channels, and with them of the weights, while in a fused block each reads all weights for its rows, and computes
+    the rows at which threads meet twice. (Half of the cache as the limit was 2–4 % slower on two threads.)
     """
     users = graph.users()
     for depthwise in graph.matches(is_depthwise):
@@ -23,7 +24,7 @@ def fuse_blocks(graph: Graph, cache_bytes: int) -> None:
             project = None
         hidden = depthwise.inputs[0]
         n, c, h, w = hidden.shape
-        if (expand is None and project is None) or c * h * w * hidden.dtype.itemsize < cache_bytes // 2:
+        if (expand is None and project is None) or c * h * w * hidden.dtype.itemsize < cache_bytes:
             continue
         last = project or depthwise
         x = expand.inputs[0] if expand is not None else hidden
