@@ -27,7 +27,7 @@ struct DepthwiseShape {
 template <class T>
 struct DepthwiseTile {
   const T* x;  // at the first input row inside the image that the tile reads and at `column`; channel 0 of the call
-  const T* weight;  // of the kernel row that meets that row
+  int64_t weight;  // past the bias, of the kernel row that meets that row
   // Input rows inside the image that serve the first output row alone, both, and the second alone.
   int row_count[3];
   int64_t column;  // input column of the first tap of the first output
@@ -41,13 +41,13 @@ template <class T, int kKernel, int kStride, int kFirst, int kLast, bool kBorder
                                                int64_t column, int n, typename Vec<T>::Reg (&acc)[kRows][kColumns]) {
   using V = Vec<T>;
   constexpr int kInputs = (kColumns - 1) * kStride + kKernel;
-  for (; count > 0; --count, x += d.x_row_stride, weight += kKernel * d.tap_stride) {
+  for (; count > 0; --count, x += d.x_row_stride, weight += kKernel * V::kLanes) {
     typename V::Reg w[kRows][kKernel];
 #pragma GCC unroll 16
     for (int r = kFirst; r < kLast; ++r) {
 #pragma GCC unroll 16
       for (int kx = 0; kx < kKernel; ++kx) {
-        w[r][kx] = load<T, kTail>(weight + (kx - r * kStride * kKernel) * d.tap_stride, n);
+        w[r][kx] = V::load(weight + (kx - r * kStride * kKernel) * V::kLanes);
       }
     }
     const T* input = x;
@@ -72,14 +72,15 @@ template <class T, int kKernel, int kStride, int kRows, int kColumns, bool kBord
                                                     int64_t channel, int n) {
   using V = Vec<T>;
   typename V::Reg acc[kRows][kColumns];
-  const auto bias = load<T, kTail>(d.bias + channel, n);
+  const T* packed = d.weight + channel * (1 + kKernel * kKernel);
+  const auto bias = V::load(packed);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
     for (int o = 0; o < kColumns; ++o) acc[r][o] = bias;
   }
   const T* x = tile.x + channel;
-  const T* w = tile.weight + channel;
+  const T* w = packed + V::kLanes + tile.weight;
   const int* count = tile.row_count;
   filter_rows<T, kKernel, kStride, 0, 1, kBorder, kTail>(d, x, w, count[0], tile.column, n, acc);
   if constexpr (kRows == 2) {
@@ -161,7 +162,7 @@ void depthwise_row_of_tiles(const DepthwiseArgs<T>& d, int64_t oy) {
   tile.row_count[0] = rows_inside(0, kRows == 1 ? kKernel : kShared, low, high);
   tile.row_count[1] = rows_inside(kShared, kKernel, low, high);
   tile.row_count[2] = rows_inside(kKernel, kKernel + kShared, low, high);
-  tile.weight = d.weight + low * kKernel * d.tap_stride;
+  tile.weight = low * kKernel * Vec<T>::kLanes;
   tile.sums = d.sums == nullptr ? nullptr : d.sums + (oy - d.row_begin) * d.sums_stride;
   const int64_t tiles = (d.out_width + kColumns - 1) / kColumns;
   for (int64_t t = 0; t < tiles; ++t) {
@@ -188,21 +189,22 @@ template <class T, int kColumns, bool kTail>
 void depthwise_vector_any(const DepthwiseArgs<T>& d, int64_t oy, int64_t ox, int64_t channel, int n) {
   using V = Vec<T>;
   typename V::Reg acc[kColumns];
-  const auto bias = load<T, kTail>(d.bias + channel, n);
+  const T* weight = d.weight + channel * (1 + d.kernel_h * d.kernel_w);
+  const auto bias = V::load(weight);
+  weight += V::kLanes;
 #pragma GCC unroll 16
   for (int o = 0; o < kColumns; ++o) acc[o] = bias;
-  const T* weight = d.weight + channel;
   const int64_t step = d.stride_w * d.x_pixel_stride;
   for (int64_t ky = 0; ky < d.kernel_h; ++ky) {
     const int64_t iy = oy * d.stride_h - d.pad_top + ky * d.dilation_h;
     if (iy < 0 || iy >= d.height) {
-      weight += d.kernel_w * d.tap_stride;
+      weight += d.kernel_w * V::kLanes;
       continue;
     }
-    for (int64_t kx = 0; kx < d.kernel_w; ++kx, weight += d.tap_stride) {
+    for (int64_t kx = 0; kx < d.kernel_w; ++kx, weight += V::kLanes) {
       const int64_t ix = ox * d.stride_w - d.pad_left + kx * d.dilation_w;
       const T* x = d.x + iy * d.x_row_stride + ix * d.x_pixel_stride + channel;
-      const auto w = load<T, kTail>(weight, n);
+      const auto w = V::load(weight);
 #pragma GCC unroll 16
       for (int o = 0; o < kColumns; ++o) {
         if (static_cast<uint64_t>(ix + o * d.stride_w) >= static_cast<uint64_t>(d.width)) continue;

@@ -38,16 +38,15 @@ struct GemmArgs {
   Activation activation;
 };
 
-// Output rows [row_begin, row_end) of one image and one range of channels. The weight is stored tap by tap,
-// `tap_stride` elements apart. Where `sums` is given, the outputs of each row from row_begin on are added up per
-// channel into its rows, `sums_stride` elements apart, which hold zeros before.
+// Output rows [row_begin, row_end) of one image and one range of channels. `weight` holds the bias and then the taps of
+// the first `lanes` channels, then those of the next, zero-padded to whole vectors: read once from far, it is one stream.
+// Where `sums` is given, the outputs of each row from row_begin on are added up per channel into its rows,
+// `sums_stride` elements apart, which hold zeros before.
 template <class T>
 struct DepthwiseArgs {
   const T* x;
   int64_t x_row_stride, x_pixel_stride, height, width;
   const T* weight;
-  int64_t tap_stride;
-  const T* bias;
   T* y;
   int64_t y_row_stride, y_pixel_stride, row_begin, row_end, out_width;
   int64_t channels;

@@ -161,13 +161,19 @@ at::Tensor pack_depthwise_conv2d_as(const at::Tensor& weight, const OptionalTens
                                     Isa isa, WeightMemory& memory) {
   const Kernels<T>& k = kernels<T>(isa);
   const int64_t channels = weight.size(0), taps = weight.numel() / channels;
-  const int64_t padded = round_up(channels, k.lanes);
-  at::Tensor packed = memory.take(padded * (1 + taps), weight);
+  at::Tensor packed = memory.take(round_up(channels, k.lanes) * (1 + taps), weight);
   T* out = packed.data_ptr<T>();
-  pack_bias(bias, channels, padded, out);
-  const OptionalTensor factors = dense(scale);
-  k.pack_columns(weight.contiguous().const_data_ptr<T>(), channels, taps, data_or_null<T>(factors), out + padded,
-                 padded);
+  const at::Tensor source = weight.contiguous();
+  const OptionalTensor shifts = dense(bias), factors = dense(scale);
+  const T* shift = data_or_null<T>(shifts);
+  const T* factor = data_or_null<T>(factors);
+  for (int64_t c = 0; c < channels; c += k.lanes, out += (1 + taps) * k.lanes) {
+    const int64_t count = std::min<int64_t>(k.lanes, channels - c);
+    std::fill_n(out, k.lanes, T(0));
+    if (shift != nullptr) std::copy_n(shift + c, count, out);
+    k.pack_columns(source.const_data_ptr<T>() + c * taps, count, taps, factor == nullptr ? nullptr : factor + c,
+                   out + k.lanes, k.lanes);
+  }
   return packed;
 }
 

@@ -94,7 +94,7 @@ constexpr bool packs_planes(int64_t channels, int64_t taps) { return channels <=
 // The weights of a 3×3 convolution transformed for make_winograd: the bias and a panel of zeros, then panel by panel 36
 // matrices as above.
 at::Tensor pack_winograd(const at::Tensor& weight, const OptionalTensor& bias, Isa isa, WeightMemory& memory);
-// A depthwise convolution's: the bias, then the taps, each padded to whole vectors. `weight` is (C, 1, kH, kW).
+// A depthwise convolution's as its kernel reads it (see DepthwiseArgs). `weight` is (C, 1, kH, kW).
 at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
                                  Isa isa, WeightMemory& memory);
 // Batch norm as a scale and a shift, (2, C).

@@ -29,15 +29,12 @@ class DepthwiseConv2d final : public Step {
     if (unit_range.size() == 0 || vector_range.size() == 0) return;
 
     const int64_t channel = vector_range.begin * lanes;
-    const int64_t padded = vectors * lanes;
     DepthwiseArgs<T> args{};
     args.x_pixel_stride = x_shape_.c;
     args.x_row_stride = x_shape_.w * x_shape_.c;
     args.height = x_shape_.h;
     args.width = x_shape_.w;
-    args.bias = packed_.const_data_ptr<T>() + channel;
-    args.weight = args.bias + padded;
-    args.tap_stride = padded;
+    args.weight = packed_.const_data_ptr<T>() + channel * (1 + window_.kernel_h * window_.kernel_w);
     args.y_pixel_stride = channels;
     args.y_row_stride = y_shape_.w * channels;
     args.out_width = y_shape_.w;

@@ -114,9 +114,7 @@ class InvertedResidual final : public Step {
     args.x_row_stride = x_.w * hidden_;
     args.height = end - begin;
     args.width = x_.w;
-    args.bias = spec_.depthwise.const_data_ptr<T>();
-    args.tap_stride = round_up(hidden_, kernels_.lanes);
-    args.weight = args.bias + args.tap_stride;
+    args.weight = spec_.depthwise.const_data_ptr<T>();
     args.y = y;
     args.y_row_stride = y_.w * hidden_;
     args.row_end = rows.size();

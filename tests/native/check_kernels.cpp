@@ -91,11 +91,17 @@ void check_depthwise(const Kernels<T>& k, int64_t size, int64_t channels, int64_
   if (size + 2 * pad < reach) return;
   const int64_t out = (size + 2 * pad - reach) / stride + 1;
   const auto x = random<T>(size * size * channels), w = random<T>(kernel * kernel * channels), b = random<T>(channels);
-  std::vector<T> y(out * out * channels + 1, T(77)), sums(out * channels, T(0));
-  k.depthwise_conv2d({x.data(), size * channels, channels,       size,     size,      w.data(), channels,
-                      b.data(), y.data(),        out * channels, channels, 0,         out,      out,
-                      channels, kernel,          kernel,         stride,   stride,    pad,      pad,
-                      dilation, dilation,        sums.data(),    channels, activation});
+  std::vector<T> y(out * out * channels + 1, T(77)), sums(out * channels, T(0)), packed;
+  for (int64_t first = 0; first < channels; first += k.lanes) {
+    for (int64_t tap = -1; tap < kernel * kernel; ++tap) {
+      for (int64_t c = first; c < first + k.lanes; ++c) {
+        packed.push_back(c >= channels ? T(0) : tap < 0 ? b[c] : w[tap * channels + c]);
+      }
+    }
+  }
+  k.depthwise_conv2d({x.data(), size * channels, channels, size,   size,   packed.data(), y.data(), out * channels,
+                      channels, 0,               out,      out,    channels, kernel,      kernel,   stride,
+                      stride,   pad,             pad,      dilation, dilation, sums.data(), channels, activation});
   std::vector<double> totals(out * channels, 0.0);
   for (int64_t oy = 0; oy < out; ++oy) {
     for (int64_t ox = 0; ox < out; ++ox) {
