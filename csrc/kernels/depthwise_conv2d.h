@@ -26,7 +26,7 @@ struct DepthwiseShape {
 
 template <class T>
 struct DepthwiseTile {
-  const T* x;  // at the first input row inside the image that the tile reads and at `column`; channel 0 of the call
+  const T* x;      // at the first input row inside the image that the tile reads and at `column`; channel 0 of the call
   int64_t weight;  // past the bias, of the kernel row that meets that row
   // Input rows inside the image that serve the first output row alone, both, and the second alone.
   int row_count[3];

@@ -39,8 +39,8 @@ struct GemmArgs {
 };
 
 // Output rows [row_begin, row_end) of one image and one range of channels. `weight` holds the bias and then the taps of
-// the first `lanes` channels, then those of the next, zero-padded to whole vectors: read once from far, it is one stream.
-// Where `sums` is given, the outputs of each row from row_begin on are added up per channel into its rows,
+// the first `lanes` channels, then those of the next, zero-padded to whole vectors: read once from far, it is one
+// stream. Where `sums` is given, the outputs of each row from row_begin on are added up per channel into its rows,
 // `sums_stride` elements apart, which hold zeros before.
 template <class T>
 struct DepthwiseArgs {
