@@ -2,10 +2,10 @@
 //
 // A micro-kernel holds kRows × kVectors accumulators in registers. For each k it loads kVectors weights (consecutive in
 // the packed panel) and broadcasts kRows inputs, so that a full tile of 6 × 4 AVX-512 vectors costs 24 multiply-adds
-// for 10 loads. The number of rows for a narrower panel keeps the same number of accumulators, up to 12 rows: past that
-// the row addresses no longer fit the general registers. Rows are dealt to tiles evenly (49 = 4 × 6 + 5 × 5, not 8 × 6
-// + 1), since a tile of one row is bound by the latency of its multiply-adds. Columns end in a half vector where one is
-// enough: 24, 40, 72, 120 and 200 channels would waste up to a third of the arithmetic in whole ones.
+// for 10 loads. The number of rows for a narrower panel keeps the same number of accumulators. Rows are dealt to tiles
+// evenly (49 = 4 × 6 + 5 × 5, not 8 × 6 + 1), since a tile of one row is bound by the latency of its multiply-adds.
+// Between two tiles some 50 cycles are lost, as long as two of them share one loop. Columns end in a half vector where
+// one is enough: 24, 40, 72, 120 and 200 channels would waste up to a third of the arithmetic in whole ones.
 //
 // The first tiles of a panel bring the next panel's weights into L2, a line for each k: at batch 1 a network reads its
 // weights from L3 or memory. Past the last panel lies what is read next, as weights are packed in that order. Short
@@ -23,9 +23,27 @@ struct GemmShape {
   // 16 registers hold 12 accumulators, two weights and an input; 32 hold 24, four and an input.
   static constexpr int kAccumulators = Vec<T>::kRegisters == 32 ? 24 : 12;
   static constexpr int kPanelVectors = Vec<T>::kRegisters == 32 ? 4 : 2;
-  static constexpr int kMaxRows = 12;
-  static constexpr int rows(int vectors) {
-    return kAccumulators / vectors < kMaxRows ? kAccumulators / vectors : kMaxRows;
+  static constexpr int rows(int vectors) { return kAccumulators / vectors; }
+};
+
+// The inputs of a tile's rows at one k. One pointer for six rows leaves registers to the loop. The compiler would
+// rather keep one pointer in all and each row's distance from it, spilled, so it must not see how the pointers hang
+// together.
+template <class T, int kRows>
+struct GemmInputs {
+  static constexpr int kGroups = (kRows + 6 - 1) / 6;
+  const T* group[kGroups];
+
+  [[gnu::always_inline]] GemmInputs(const T* a, int64_t stride) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroups; ++i) {
+      group[i] = a + 6 * i * stride;
+      if constexpr (kGroups > 1) asm("" : "+r"(group[i]));
+    }
+  }
+  [[gnu::always_inline]] void next() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroups; ++i) ++group[i];
   }
 };
 
@@ -38,7 +56,7 @@ struct GemmAccumulators {
   typename V::HalfReg half[kRows][1];
 
   [[gnu::always_inline]] void start(const T* bias) {
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < kFull; ++j) full[i][j] = V::load(bias + j * V::kLanes);
@@ -47,15 +65,15 @@ struct GemmAccumulators {
   }
 
   // One k: the weights of the panel against one input of each row.
-  [[gnu::always_inline]] void multiply(const T* a, int64_t a_stride, const T* weight) {
+  [[gnu::always_inline]] void multiply(const GemmInputs<T, kRows>& a, int64_t a_stride, const T* weight) {
     typename V::Reg w[kFull > 0 ? kFull : 1];
     typename V::HalfReg w_half;
 #pragma GCC unroll 4
     for (int j = 0; j < kFull; ++j) w[j] = V::load(weight + j * V::kLanes);
     if constexpr (kHalf) w_half = H::load(weight + kFull * V::kLanes);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kRows; ++i) {
-      const auto x = V::set1(a[i * a_stride]);
+      const auto x = V::set1(a.group[i / 6][i % 6 * a_stride]);
 #pragma GCC unroll 4
       for (int j = 0; j < kFull; ++j) full[i][j] = V::fma(x, w[j], full[i][j]);
       if constexpr (kHalf) half[i][0] = H::fma(H::low(x), w_half, half[i][0]);
@@ -64,7 +82,7 @@ struct GemmAccumulators {
 
   // The last vector, half or whole, counts `last` lanes.
   [[gnu::always_inline]] void add(const T* residual, int64_t stride, int last) {
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kRows; ++i, residual += stride) {
 #pragma GCC unroll 4
       for (int j = 0; j < kFull; ++j) {
@@ -82,7 +100,7 @@ struct GemmAccumulators {
   }
 
   [[gnu::always_inline]] void store(T* out, int64_t stride, int last) const {
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kRows; ++i, out += stride) {
 #pragma GCC unroll 4
       for (int j = 0; j < kFull; ++j) {
@@ -97,55 +115,65 @@ struct GemmAccumulators {
   }
 };
 
+template <class T>
+struct GemmPanel {
+  const T* weight;
+  int64_t column;  // the first
+  int last;        // columns in the last vector
+};
+
+// `count` tiles one below the other, from row `row` on; with kFetch each brings a line for each k from `fetch` on.
 template <class T, int kRows, int kVectors, bool kHalf, bool kFetch>
-void gemm_tile(const GemmArgs<T>& g, const T* a, const T* weight, int64_t column, const T* residual, T* out, int last,
-               const char* fetch) {
+void gemm_tiles(const GemmArgs<T>& g, const GemmPanel<T>& panel, int64_t row, int64_t count, const char* fetch) {
   constexpr int kLanes = Vec<T>::kLanes, kFull = kVectors - kHalf;
   constexpr int kWidth = kFull * kLanes + (kHalf ? Vec<HalfOf<T>>::kLanes : 0);
   const int64_t a_stride = g.a_stride;
-  GemmAccumulators<T, kRows, kFull, kHalf> acc;
-  acc.start(g.bias + column);
-  if (g.chunk_length == 1) {
-    for (int64_t chunk = 0; chunk < g.chunks; ++chunk, weight += kWidth) {
-      acc.multiply(a + g.chunk_offset[chunk], a_stride, weight);
-    }
-  } else {
+  const T* a = g.a + row * a_stride;
+  T* out = g.out + row * g.out_stride + panel.column;
+  const T* residual = g.residual == nullptr ? nullptr : g.residual + row * g.residual_stride + panel.column;
+  for (; count > 0; --count, a += kRows * a_stride, out += kRows * g.out_stride) {
+    const T* weight = panel.weight;
+    GemmAccumulators<T, kRows, kFull, kHalf> acc;
+    acc.start(g.bias + panel.column);
     for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
-      const T* ak = a + g.chunk_offset[chunk];
-      for (int64_t k = 0; k < g.chunk_length; ++k, ++ak, weight += kWidth) {
+      GemmInputs<T, kRows> inputs(a + g.chunk_offset[chunk], a_stride);
+      for (int64_t k = 0; k < g.chunk_length; ++k, inputs.next(), weight += kWidth) {
         if constexpr (kFetch) {
           __builtin_prefetch(fetch, 0, 2);
           fetch += kCacheLine;
         }
-        acc.multiply(ak, a_stride, weight);
+        acc.multiply(inputs, a_stride, weight);
       }
     }
-  }
-  if (residual != nullptr) acc.add(residual, g.residual_stride, last);
-  acc.activate(g.activation);
-  acc.store(out, g.out_stride, last);
-  if (!is_cheap(g.activation)) {
-    activate_tile(g.activation, out, g.out_stride, kRows, (kVectors - 1) * kLanes + last);
+    if (residual != nullptr) {
+      acc.add(residual, g.residual_stride, panel.last);
+      residual += kRows * g.residual_stride;
+    }
+    acc.activate(g.activation);
+    acc.store(out, g.out_stride, panel.last);
+    if (!is_cheap(g.activation)) {
+      activate_tile(g.activation, out, g.out_stride, kRows, (kVectors - 1) * kLanes + panel.last);
+    }
   }
 }
 
 template <class T>
-using GemmTile = void (*)(const GemmArgs<T>&, const T*, const T*, int64_t, const T*, T*, int, const char*);
+using GemmTiles = void (*)(const GemmArgs<T>&, const GemmPanel<T>&, int64_t, int64_t, const char*);
 
 template <class T, int kVectors, bool kHalf, int kRows = GemmShape<T>::rows(kVectors)>
-GemmTile<T> select_gemm_rows(int rows, bool fetch) {
+GemmTiles<T> select_gemm_rows(int rows, bool fetch) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return select_gemm_rows<T, kVectors, kHalf, kRows - 1>(rows, fetch);
     // A product of many rows has tiles of the two or three greatest heights.
     if constexpr (kRows >= GemmShape<T>::rows(kVectors) - 2) {
-      if (fetch) return gemm_tile<T, kRows, kVectors, kHalf, true>;
+      if (fetch) return gemm_tiles<T, kRows, kVectors, kHalf, true>;
     }
   }
-  return gemm_tile<T, kRows, kVectors, kHalf, false>;
+  return gemm_tiles<T, kRows, kVectors, kHalf, false>;
 }
 
 template <class T, bool kHalf>
-GemmTile<T> select_gemm_tile(int vectors, int rows, bool fetch) {
+GemmTiles<T> select_gemm_tiles(int vectors, int rows, bool fetch) {
   if constexpr (GemmShape<T>::kPanelVectors == 4) {
     if (vectors == 4) return select_gemm_rows<T, 4, kHalf>(rows, fetch);
     if (vectors == 3) return select_gemm_rows<T, 3, kHalf>(rows, fetch);
@@ -154,11 +182,11 @@ GemmTile<T> select_gemm_tile(int vectors, int rows, bool fetch) {
 }
 
 template <class T>
-GemmTile<T> select_gemm_tile(int vectors, int rows, bool half, bool fetch) {
+GemmTiles<T> select_gemm_tiles(int vectors, int rows, bool half, bool fetch) {
   if constexpr (Vec<HalfOf<T>>::kLanes > 0) {
-    if (half) return select_gemm_tile<T, true>(vectors, rows, fetch);
+    if (half) return select_gemm_tiles<T, true>(vectors, rows, fetch);
   }
-  return select_gemm_tile<T, false>(vectors, rows, fetch);
+  return select_gemm_tiles<T, false>(vectors, rows, fetch);
 }
 
 template <class T>
@@ -176,31 +204,27 @@ void gemm(const GemmArgs<T>& g) {
       const int64_t width = g.columns - column < panel_vectors * kLanes ? g.columns - column : panel_vectors * kLanes;
       const int last = static_cast<int>(width - (panel_vectors - 1) * kLanes);
       const bool half = last <= Vec<HalfOf<T>>::kLanes;
-      const T* weight = g.weight + column * depth;
       const int64_t packed_width = panel_vectors * kLanes - (half ? kLanes - Vec<HalfOf<T>>::kLanes : 0);
-      const char* next_panel = reinterpret_cast<const char*>(weight + packed_width * depth);
+      const T* weight = g.weight + column * depth;
+      const GemmPanel<T> panel{weight, column, last};
       const int64_t max_rows = GemmShape<T>::rows(panel_vectors);
       const int64_t tiles = (rows + max_rows - 1) / max_rows;
-      // Tiles of two heights at most: rows / tiles rounded down and up.
+      // Lines of the next panel for each k, and so tiles that bring them: some are left, or it is not worth it.
+      int64_t fetching = (packed_width * static_cast<int64_t>(sizeof(T)) + kCacheLine - 1) / kCacheLine;
+      if (depth < kFetchDepth || fetching >= tiles) fetching = 0;
+      const char* fetch = reinterpret_cast<const char*>(weight + packed_width * depth);
+      // Tiles of two heights at most, the high ones first: rows / tiles rounded up and down.
       const int low = static_cast<int>(rows / tiles);
       const int64_t high_tiles = rows % tiles;
-      const int64_t fetching_tiles =
-          depth < kFetchDepth ? 0 : (packed_width * static_cast<int64_t>(sizeof(T)) + kCacheLine - 1) / kCacheLine;
-      const auto select = [&](bool high, bool fetch) {
-        return select_gemm_tile<T>(panel_vectors, low + high, half, fetch && tiles > fetching_tiles);
-      };
-      GemmTile<T> tile_of[2][2];  // [high][fetch]
-      for (int high = 0; high < 1 + (high_tiles > 0); ++high) {
-        for (int fetch = 0; fetch < 2; ++fetch) tile_of[high][fetch] = select(high, fetch);
-      }
       int64_t row = block;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const bool high = t < high_tiles;
-        const T* residual = g.residual == nullptr ? nullptr : g.residual + row * g.residual_stride + column;
-        tile_of[high][t < fetching_tiles](g, g.a + row * g.a_stride, weight, column, residual,
-                                          g.out + row * g.out_stride + column, last,
-                                          next_panel + t * depth * kCacheLine);
-        row += high ? low + 1 : low;
+      for (int64_t t = 0; t < tiles;) {
+        const bool high = t < high_tiles, fetches = t < fetching;
+        int64_t end = high ? high_tiles : tiles;
+        if (fetches && fetching < end) end = fetching;
+        select_gemm_tiles<T>(panel_vectors, low + high, half, fetches)(g, panel, row, end - t, fetch);
+        if (fetches) fetch += (end - t) * depth * kCacheLine;
+        row += (end - t) * (low + high);
+        t = end;
       }
     }
   }
