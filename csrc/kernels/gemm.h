@@ -135,14 +135,20 @@ void gemm_tiles(const GemmArgs<T>& g, const GemmPanel<T>& panel, int64_t row, in
     const T* weight = panel.weight;
     GemmAccumulators<T, kRows, kFull, kHalf> acc;
     acc.start(g.bias + panel.column);
-    for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
-      GemmInputs<T, kRows> inputs(a + g.chunk_offset[chunk], a_stride);
-      for (int64_t k = 0; k < g.chunk_length; ++k, inputs.next(), weight += kWidth) {
-        if constexpr (kFetch) {
-          __builtin_prefetch(fetch, 0, 2);
-          fetch += kCacheLine;
+    if (g.chunk_length == 1) {
+      for (int64_t chunk = 0; chunk < g.chunks; ++chunk, weight += kWidth) {
+        acc.multiply(GemmInputs<T, kRows>(a + g.chunk_offset[chunk], a_stride), a_stride, weight);
+      }
+    } else {
+      for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
+        GemmInputs<T, kRows> inputs(a + g.chunk_offset[chunk], a_stride);
+        for (int64_t k = 0; k < g.chunk_length; ++k, inputs.next(), weight += kWidth) {
+          if constexpr (kFetch) {
+            __builtin_prefetch(fetch, 0, 2);
+            fetch += kCacheLine;
+          }
+          acc.multiply(inputs, a_stride, weight);
         }
-        acc.multiply(inputs, a_stride, weight);
       }
     }
     if (residual != nullptr) {
