@@ -1,10 +1,13 @@
 // Prints what this CPU can do at most, all threads together: peak WHAT THREADS SECONDS, where WHAT is
 //   fma     single-precision multiply-adds from registers, in GFLOP/s, of the instruction set that it is compiled for;
 //   l2      copying within half of each core's second-level cache, in GB/s read and written;
-//   memory  copying between buffers four times the last-level cache.
+//   memory  copying between buffers four times the last-level cache;
+//   trip    a cache line from the first thread to the second and back, in ns.
 #include <omp.h>
+#include <sched.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -78,6 +81,41 @@ static size_t cache_size(int level, size_t unknown) {
   return bytes > 0 ? bytes : unknown;
 }
 
+static double round_trip(double seconds) {
+  alignas(64) static std::atomic<long> ball{0};  // odd: with the second thread; negative: over
+  double result = 0;
+#pragma omp parallel num_threads(2)
+  {
+    using Clock = std::chrono::steady_clock;
+    const auto await = [](auto arrived) {
+      for (long spins = 0; !arrived(ball.load()); ++spins) {
+        if (spins > 100000) sched_yield();
+      }
+    };
+    if (omp_get_thread_num() == 1) {
+      while (true) {
+        await([](long b) { return b % 2 != 0 || b < 0; });
+        if (ball.load() < 0) break;
+        ball.fetch_add(1);
+      }
+    } else if (omp_get_num_threads() > 1) {
+      const auto start = Clock::now();
+      long trips = 0;
+      double elapsed;
+      do {
+        for (int i = 0; i < 100; ++i, ++trips) {
+          ball.store(2 * trips + 1);
+          await([=](long b) { return b == 2 * trips + 2; });
+        }
+        elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+      } while (elapsed < seconds);
+      ball.store(-2);
+      result = 1e9 * elapsed / static_cast<double>(trips);
+    }
+  }
+  return result;
+}
+
 int main(int argc, char** argv) {
   if (argc != 4) return 1;
   const std::string what = argv[1];
@@ -92,6 +130,8 @@ int main(int argc, char** argv) {
     std::printf("%.1f\n", copy_rate(threads, seconds, cache_size(_SC_LEVEL2_CACHE_SIZE, 1 << 20) / 4));
   } else if (what == "memory") {
     std::printf("%.1f\n", copy_rate(threads, seconds, 4 * cache_size(_SC_LEVEL3_CACHE_SIZE, 32 << 20)));
+  } else if (what == "trip") {
+    std::printf("%.1f\n", round_trip(seconds));
   } else {
     return 1;
   }

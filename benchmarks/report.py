@@ -99,6 +99,8 @@ def results_table(results: list[Result]) -> str:
     measured = next((r for r in results if r.peak_gflops), None)
     if measured:
         title += f" · peak {measured.peak_low_gflops:.0f}–{measured.peak_gflops:.0f} GFLOP/s"
+        if measured.trip_ns:
+            title += f" · a line between threads and back {measured.trip_low_ns:.0f}–{measured.trip_ns:.0f} ns"
     notes = [f"{r.peer}: {r.failed or r.absent}" for r in results if r.failed or r.absent]
     return "\n".join([title, text_table(rows), *notes, ""])
 

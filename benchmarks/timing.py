@@ -34,6 +34,10 @@ class Result:
     peak_gflops: float | None = None  # of all threads together, the largest around this case's rounds
     peak_low_gflops: float | None = None  # the smallest: far below, others used the machine
     peak_share: float | None = None  # 2 · MACs / (time · peak)
+    # A cache line from one thread to another and back: the quickest and the slowest around this case's rounds. Several
+    # times the usual, and the system has put the threads where they share no cache.
+    trip_low_ns: float | None = None
+    trip_ns: float | None = None
     copy_share: float | None = None  # time of a copy of the input / time
     absent: str | None = None  # why there is no figure although nothing went wrong
     failed: str | None = None
@@ -120,7 +124,8 @@ def peak_program() -> str:
 
 
 def peak(what: str, threads: int, seconds: float = 0.1) -> float:
-    """GFLOP/s of multiply-adds (``fma``) or GB/s of a copy (``l2``, ``memory``) by all threads together."""
+    """GFLOP/s of multiply-adds (``fma``) or GB/s of a copy (``l2``, ``memory``) by all threads together, or the ns of a
+    cache line's way between two of them and back (``trip``)."""
     arguments = [peak_program(), what, str(threads), str(seconds)]
     return float(subprocess.run(arguments, check=True, capture_output=True, env=environment(threads)).stdout)
 
@@ -148,12 +153,14 @@ def measure(case: Case, peers: list[Peer], threads: int, batch: int, rounds: int
             if "macs" in facts:
                 result.gmacs, result.mbytes = facts["macs"] / 1e9, facts["bytes"] / 1e6
         ready = [worker for worker in workers if "macs" in worker.facts]
-        peaks = [peak("fma", threads)]
+        peaks, trips = [peak("fma", threads)], []
         for turn in range(rounds):
             print(f"\r  round {turn + 1} of {rounds}", end="", file=sys.stderr, flush=True)
             for worker in ready:
                 times.setdefault(worker.peer.name, []).extend(worker.round(seconds))
                 time.sleep(0.01)  # the idle threads of one peer's OpenMP spin for a while after its last region
+            if threads > 1:
+                trips.append(peak("trip", 2, 0.02))
             peaks.append(peak("fma", threads))
         print(file=sys.stderr)
     finally:
@@ -166,6 +173,8 @@ def measure(case: Case, peers: list[Peer], threads: int, batch: int, rounds: int
             result.q1_ms, result.median_ms, result.q3_ms = quartiles
             result.calls = len(sample)
             result.peak_gflops, result.peak_low_gflops = max(peaks), min(peaks)
+            if trips:
+                result.trip_low_ns, result.trip_ns = min(trips), max(trips)
             if result.error is not None and result.gmacs:
                 result.peak_share = result.gflops / result.peak_gflops
             if "copy" in times:

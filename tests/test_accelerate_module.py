@@ -354,6 +354,59 @@ def test_fake_tensors_and_modes_see_plain_operations(larger, x):
     same(fast, plain, x)
 
 
+def test_a_usual_call_is_told_from_others(model, x):
+    """run_usual() gives None wherever forward() has something to decide; results are the same both ways."""
+    fast = accelerate(model, (x,))
+    usual = fast._last.plan.run_usual
+
+    def runs(tensor, observers=()):
+        return usual(tensor, observers) is not None
+
+    with torch.no_grad():
+        assert torch.equal(usual(x, ()), fast.forward(x)) and torch.equal(fast(x), fast.forward(x))
+        last = x.to(memory_format=torch.channels_last)
+        assert torch.equal(usual(last, ()), fast.forward(last))
+        assert runs(x[:, :, :, :].requires_grad_())
+    assert runs(x) and not runs(x.clone().requires_grad_())
+    assert not any(map(runs, (x[:1], x[0], x.double(), x.to("meta"), x.to_sparse(), nn.Parameter(x), None, 3, [x])))
+    assert not runs(torch._neg_view(x)) and torch.equal(fast(torch._neg_view(x)), fast(-x))
+    assert not runs(x, ({}, {1: print}))
+    with torch.autocast("cpu"):
+        assert not runs(x)
+    with FakeTensorMode(), torch.overrides.BaseTorchFunctionMode():
+        assert not runs(x)
+    with torch.overrides.BaseTorchFunctionMode():
+        assert not runs(x)
+    with forward_ad.dual_level():
+        assert not runs(forward_ad.make_dual(x, x))
+    with torch.inference_mode():
+        assert runs(x) and runs(x.clone()) and fast(x).is_inference()
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["own", "global"])
+def test_hooks_see_every_call(model, x, everywhere):
+    fast = accelerate(model, (x,))
+    expected, seen = fast(x), []
+    registry = nn.modules.module
+    owner = (registry.register_module_forward_hook, registry.register_module_forward_pre_hook) if everywhere else None
+    after, before = owner or (fast.register_forward_hook, fast.register_forward_pre_hook)
+    handles = [after(lambda m, args, out: seen.append(out)), before(lambda m, args: seen.append(args))]
+    try:
+        assert torch.equal(fast(x), expected) and fast(x) is seen[-1] and len(seen) == 4
+    finally:
+        for handle in handles:
+            handle.remove()
+    fast(x)
+    assert len(seen) == 4
+
+
+def test_compile_in_place(model, x):
+    fast = accelerate(model, (x,))
+    expected = fast(x)
+    fast.compile(backend="eager")
+    assert torch.equal(fast(x), expected) and fast._usual is None
+
+
 def test_chance_is_left_alone(model, x):
     torch.manual_seed(0)
     expected = torch.rand(3)

@@ -1,5 +1,6 @@
 #include "engine/plan.h"
 
+#include <ATen/EmptyTensor.h>
 #include <sys/mman.h>
 
 #include <chrono>
@@ -24,14 +25,23 @@ Buffer dense_buffer(void* data, const std::vector<int64_t>& shape) {
 }
 
 // What the plan was made for, in memory of its own: anything else would be read out of bounds.
+bool is_plan_input(const at::Tensor& input, const Value& value) {
+  return input.defined() && input.device().is_cpu() && input.layout() == at::kStrided && input.has_storage() &&
+         input.sizes() == at::IntArrayRef(value.shape);
+}
+
 void check_plan_input(const std::vector<at::Tensor>& inputs, const Value& value) {
   TORCH_CHECK_VALUE(value.location < static_cast<int64_t>(inputs.size()), "accelerate: the plan takes more than ",
                     inputs.size(), " inputs");
   const at::Tensor& input = inputs[value.location];
-  TORCH_CHECK_VALUE(input.defined() && input.device().is_cpu() && input.layout() == at::kStrided &&
-                        input.has_storage() && input.sizes() == at::IntArrayRef(value.shape),
-                    "accelerate: the plan takes a dense CPU tensor of shape ", shape_string(value.shape), ", got ",
-                    input.toString(), " of shape ", shape_string(input.sizes()));
+  TORCH_CHECK_VALUE(is_plan_input(input, value), "accelerate: the plan takes a dense CPU tensor of shape ",
+                    shape_string(value.shape), ", got ", input.toString(), " of shape ", shape_string(input.sizes()));
+}
+
+// The value whose memory value `i` lies in.
+size_t root(const std::vector<Value>& values, size_t i) {
+  while (values[i].storage == Storage::kSlice) i = values[i].location;
+  return i;
 }
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -95,7 +105,21 @@ void run_step(const Step& step, const std::vector<Buffer>& buffers) {
 }
 
 Plan::Plan(at::ScalarType dtype, std::vector<Value> values, std::vector<int64_t> outputs, int64_t arena_bytes)
-    : dtype_(dtype), values_(std::move(values)), outputs_(std::move(outputs)), arena_bytes_(arena_bytes) {}
+    : dtype_(dtype), values_(std::move(values)), outputs_(std::move(outputs)), arena_bytes_(arena_bytes) {
+  for (size_t i = 0; i < values_.size(); ++i) {
+    if (values_[root(values_, i)].storage != Storage::kArena) outside_.push_back(static_cast<int64_t>(i));
+  }
+}
+
+bool Plan::takes(const at::Tensor& input) const {
+  const Value* only = nullptr;
+  for (int64_t i : outside_) {
+    if (values_[i].storage != Storage::kInput) continue;
+    if (only != nullptr) return false;
+    only = &values_[i];
+  }
+  return only != nullptr && only->location == 0 && input.scalar_type() == dtype_ && is_plan_input(input, *only);
+}
 
 void Plan::add(std::unique_ptr<Step> step) {
   if (segments_.empty() || segments_.back().aten != nullptr) segments_.emplace_back();
@@ -208,14 +232,14 @@ std::vector<double> Plan::profile(const std::vector<at::Tensor>& inputs) {
 
 std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std::vector<double>* seconds) {
   const at::NoGradGuard no_grad;
-  std::vector<Buffer> buffers(values_.size());
   std::vector<at::Tensor> tensors(values_.size());
   std::unique_ptr<Arena> arena = take_arena();
-  char* memory = arena->memory.at_least(static_cast<size_t>(arena_bytes_));
-  for (size_t i = 0; i < values_.size(); ++i) {
+  std::vector<Buffer>& buffers = arena->buffers;
+  const auto locate = [&](size_t i) {
     const Value& value = values_[i];
     if (value.storage == Storage::kArena) {
-      buffers[i] = dense_buffer(memory + value.location, value.shape);
+      buffers[i] =
+          dense_buffer(arena->memory.at_least(static_cast<size_t>(arena_bytes_)) + value.location, value.shape);
     } else if (value.storage == Storage::kInput) {
       check_plan_input(inputs, value);
       const at::Tensor input = inputs[value.location].resolve_neg();  // memory that holds the numbers themselves
@@ -226,9 +250,15 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
       buffers[i].data =
           static_cast<char*>(buffers[i].data) + value.channel * static_cast<int64_t>(at::elementSize(dtype_));
     } else if (value.storage == Storage::kOutput) {
-      tensors[i] = at::empty(value.shape, at::TensorOptions().dtype(dtype_), engine_format(value.shape.size()));
+      tensors[i] = at::detail::empty_cpu(value.shape, dtype_, false, engine_format(value.shape.size()));
       buffers[i] = dense_buffer(tensors[i].data_ptr(), value.shape);
     }
+  };
+  if (buffers.empty()) {
+    buffers.resize(values_.size());
+    for (size_t i = 0; i < values_.size(); ++i) locate(i);
+  } else {
+    for (int64_t i : outside_) locate(i);
   }
   for (const Segment& segment : segments_) {
     const size_t steps = segment.aten != nullptr ? 1 : segment.steps.size();

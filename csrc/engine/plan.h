@@ -48,6 +48,8 @@ class Plan {
 
   // Any number of calls may run at once; each takes an arena of its own. Outputs are fresh tensors.
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) { return execute(inputs, nullptr); }
+  // Whether the plan is for one such tensor.
+  bool takes(const at::Tensor& input) const;
   // The seconds that each step of one run takes, in the order of describe().
   std::vector<double> profile(const std::vector<at::Tensor>& inputs);
 
@@ -58,6 +60,7 @@ class Plan {
   struct Arena {
     Scratch memory;
     Scratch scratch;
+    std::vector<Buffer> buffers;  // of all values; those in the arena stay as they are from run to run
   };
   struct Segment {  // native steps that run in one region, or one ATen step
     std::vector<std::unique_ptr<Step>> steps;
@@ -73,6 +76,7 @@ class Plan {
 
   at::ScalarType dtype_;
   std::vector<Value> values_;
+  std::vector<int64_t> outside_;  // the values that are not in the arena
   std::vector<int64_t> outputs_;
   int64_t arena_bytes_;
   std::vector<Segment> segments_;

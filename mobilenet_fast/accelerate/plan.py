@@ -125,6 +125,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._single = self.out_spec.is_leaf() and self.positions == [0]
+        self.run_usual = self.engine.run_usual if self._single and not self.images else None
+        """Runs the usual call, one tensor in and one out, and gives None for any other."""
 
     def run(self, inputs: list[torch.Tensor]) -> Any:
         """The model's outputs. Images among them are channels_last where one of the inputs is."""
