@@ -99,9 +99,10 @@ void check_depthwise(const Kernels<T>& k, int64_t size, int64_t channels, int64_
       }
     }
   }
-  k.depthwise_conv2d({x.data(), size * channels, channels, size,   size,   packed.data(), y.data(), out * channels,
-                      channels, 0,               out,      out,    channels, kernel,      kernel,   stride,
-                      stride,   pad,             pad,      dilation, dilation, sums.data(), channels, activation});
+  k.depthwise_conv2d({x.data(), size * channels, channels, size,        size,     packed.data(),
+                      y.data(), out * channels,  channels, 0,           out,      out,
+                      channels, kernel,          kernel,   stride,      stride,   pad,
+                      pad,      dilation,        dilation, sums.data(), channels, activation});
   std::vector<double> totals(out * channels, 0.0);
   for (int64_t oy = 0; oy < out; ++oy) {
     for (int64_t ox = 0; ox < out; ++ox) {
