@@ -34,8 +34,8 @@ class Result:
     peak_gflops: float | None = None  # of all threads together, the largest around this case's rounds
     peak_low_gflops: float | None = None  # the smallest: far below, others used the machine
     peak_share: float | None = None  # 2 · MACs / (time · peak)
-    # A cache line from one thread to another and back: the quickest and the slowest around this case's rounds. Several
-    # times the usual, and the system has put the threads where they share no cache.
+    # A cache line from one thread to another and back: the quickest and the slowest between this case's rounds. Where
+    # all are several times the usual, the system has put the threads where they share no cache.
     trip_low_ns: float | None = None
     trip_ns: float | None = None
     copy_share: float | None = None  # time of a copy of the input / time

@@ -57,21 +57,37 @@ AtenArgument aten_argument(const py::handle& object, const c10::Argument& argume
   return {AtenArgument::kConstant, torch::jit::toIValue(object, argument.type()), {}};
 }
 
-// The run of a plan for one tensor, if nothing about the call is out of the ordinary and the dicts `observers`, of hooks,
-// are empty: else None, and the long way round through Python decides. Between two runs a network has driven out of the caches what does not belong to it, and each
-// page of code and of tables that a call touches again takes about a microsecond.
-py::object run_usual(Plan& plan, const py::object& x, const py::tuple& observers) {
-  for (const py::handle& hooks : observers) {
-    if (PyDict_Size(hooks.ptr()) != 0) return py::none();
+// Whether the module with this __dict__ runs its class's forward() and nothing else at a call.
+bool is_unobserved(const py::dict& module, const py::tuple& global_hooks) {
+  static PyObject* const kHooks[] = {
+      PyUnicode_InternFromString("_forward_hooks"), PyUnicode_InternFromString("_forward_pre_hooks"),
+      PyUnicode_InternFromString("_backward_hooks"), PyUnicode_InternFromString("_backward_pre_hooks")};
+  static PyObject* const kForward = PyUnicode_InternFromString("forward");
+  static PyObject* const kCompiled = PyUnicode_InternFromString("_compiled_call_impl");
+  const auto is_empty = [](PyObject* hooks) { return hooks != nullptr && PyDict_Check(hooks) && !PyDict_Size(hooks); };
+  for (const py::handle& hooks : global_hooks) {
+    if (!is_empty(hooks.ptr())) return false;
   }
-  if (!THPVariable_CheckExact(x.ptr())) return py::none();
+  for (PyObject* name : kHooks) {
+    if (!is_empty(PyDict_GetItemWithError(module.ptr(), name))) return false;
+  }
+  const PyObject* compiled = PyDict_GetItemWithError(module.ptr(), kCompiled);
+  return (compiled == nullptr || compiled == Py_None) && PyDict_GetItemWithError(module.ptr(), kForward) == nullptr;
+}
+
+// The run of a plan for one tensor, if nothing about the call is out of the ordinary: else None, and the long way round
+// through Python decides. Between two runs a network has driven out of the caches what does not belong to it, and each
+// page of code and of tables that a call touches again takes about a microsecond.
+py::object run_usual(Plan& plan, const py::object& x, const py::dict& module, const py::tuple& global_hooks) {
+  if (!THPVariable_CheckExact(x.ptr()) || !is_unobserved(module, global_hooks)) return py::none();
   const at::Tensor& input = THPVariable_Unpack(x.ptr());
   static constexpr c10::DispatchKeySet kPlain{c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
                                               c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU};
   const bool plain = (input.key_set().raw_repr() & ~kPlain.raw_repr()) == 0 &&
                      !(input.requires_grad() && at::GradMode::is_enabled()) && !input._fw_grad(0).defined();
   const bool watched = c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled() ||
-                       torch::jit::tracer::isTracing() || at::autocast::is_autocast_enabled(at::kCPU);
+                       torch::jit::tracer::isTracing() || at::autocast::is_autocast_enabled(at::kCPU) ||
+                       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
   if (!plain || watched || !plan.takes(input)) return py::none();
   std::vector<at::Tensor> results;
   {

@@ -357,15 +357,17 @@ def test_fake_tensors_and_modes_see_plain_operations(larger, x):
 def test_a_usual_call_is_told_from_others(model, x):
     """run_usual() gives None wherever forward() has something to decide; results are the same both ways."""
     fast = accelerate(model, (x,))
-    usual = fast._last.plan.run_usual
 
-    def runs(tensor, observers=()):
-        return usual(tensor, observers) is not None
+    def usual(tensor, global_hooks=()):
+        return fast._last.plan.run_usual(tensor, vars(fast), global_hooks)
+
+    def runs(*args):
+        return usual(*args) is not None
 
     with torch.no_grad():
-        assert torch.equal(usual(x, ()), fast.forward(x)) and torch.equal(fast(x), fast.forward(x))
+        assert torch.equal(usual(x), fast.forward(x)) and torch.equal(fast(x), fast.forward(x))
         last = x.to(memory_format=torch.channels_last)
-        assert torch.equal(usual(last, ()), fast.forward(last))
+        assert torch.equal(usual(last), fast.forward(last))
         assert runs(x[:, :, :, :].requires_grad_())
     assert runs(x) and not runs(x.clone().requires_grad_())
     assert not any(map(runs, (x[:1], x[0], x.double(), x.to("meta"), x.to_sparse(), nn.Parameter(x), None, 3, [x])))
@@ -379,6 +381,7 @@ def test_a_usual_call_is_told_from_others(model, x):
         assert not runs(x)
     with forward_ad.dual_level():
         assert not runs(forward_ad.make_dual(x, x))
+    torch.func.grad(lambda w: (w * runs(x)).sum() + fast(x).sum() * w)(torch.ones(()))
     with torch.inference_mode():
         assert runs(x) and runs(x.clone()) and fast(x).is_inference()
 
@@ -403,8 +406,48 @@ def test_hooks_see_every_call(model, x, everywhere):
 def test_compile_in_place(model, x):
     fast = accelerate(model, (x,))
     expected = fast(x)
-    fast.compile(backend="eager")
-    assert torch.equal(fast(x), expected) and fast._usual is None
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph
+
+    fast.compile(backend=backend)
+    assert torch.equal(fast(x), expected) and fast._last.plan.run_usual(x, vars(fast), ()) is None
+
+
+class Scaled(nn.Module):
+    def forward(self, x=None, other=None, scale=1.0):
+        x = x[0] if isinstance(x, list) else x
+        return (torch.relu(x) if other is None else torch.sigmoid(other)).mean((2, 3)) * scale
+
+
+def test_a_usual_call_is_told_from_others_of_the_same_shape(x):
+    model = Scaled().eval()
+    fast = accelerate(model)
+    for args, kwargs in [((x, None, 2.0), {}), ((), {"other": x}), (([x],), {}), ((x,), {"scale": 3.0})]:
+        for _ in range(2):
+            torch.testing.assert_close(fast(*args, **kwargs), model(*args, **kwargs))
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), model(x))
+
+
+def test_another_forward_is_called(model, x):
+    class Mine(AcceleratedModule):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    fast, mine = accelerate(model, (x,)), Mine(model)
+    expected = fast(x)
+    for _ in range(3):
+        assert torch.equal(mine(x), expected + 1)
+    fast.forward = lambda x: "patched"
+    assert fast(x) == "patched"
+    del fast.forward
+    seen = []
+    fast._forward_hooks = type(fast._forward_hooks)()
+    fast.register_forward_hook(lambda m, args, out: seen.append(out))
+    assert torch.equal(fast(x), expected) and len(seen) == 1
 
 
 def test_chance_is_left_alone(model, x):

@@ -252,6 +252,8 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
     } else if (value.storage == Storage::kOutput) {
       tensors[i] = at::detail::empty_cpu(value.shape, dtype_, false, engine_format(value.shape.size()));
       buffers[i] = dense_buffer(tensors[i].data_ptr(), value.shape);
+    } else {
+      buffers[i] = Buffer{};  // until its step has run
     }
   };
   if (buffers.empty()) {

@@ -8,8 +8,8 @@
 // one is enough: 24, 40, 72, 120 and 200 channels would waste up to a third of the arithmetic in whole ones.
 //
 // The first tiles of a panel bring the next panel's weights into L2, a line for each k: at batch 1 a network reads its
-// weights from L3 or memory. Past the last panel lies what is read next, as weights are packed in that order. Short
-// products, which have little to bring, go without: one more instruction a k costs them 2 %.
+// weights from L3 or memory. Past the last panel lies, mostly, the next layer, as layers are packed in their order.
+// Short products, which have little to bring, go without: one more instruction a k costs them 2 %.
 #pragma once
 
 namespace mobilenet_fast {
@@ -217,7 +217,7 @@ void gemm(const GemmArgs<T>& g) {
       const int64_t tiles = (rows + max_rows - 1) / max_rows;
       // Lines of the next panel for each k, and so tiles that bring them: some are left, or it is not worth it.
       int64_t fetching = (packed_width * static_cast<int64_t>(sizeof(T)) + kCacheLine - 1) / kCacheLine;
-      if (depth < kFetchDepth || fetching >= tiles) fetching = 0;
+      if (depth < kFetchDepth || g.chunk_length == 1 || fetching >= tiles) fetching = 0;
       const char* fetch = reinterpret_cast<const char*>(weight + packed_width * depth);
       // Tiles of two heights at most, the high ones first: rows / tiles rounded up and down.
       const int low = static_cast<int>(rows / tiles);

@@ -22,6 +22,9 @@ from .plan import PackedWeights, Plan, Report, build
 from .profile import Profile, measure
 
 _MAX_PLANS = 64
+_GLOBAL_HOOKS = tuple(
+    vars(nn_module)[f"_global_{when}_hooks"] for when in ("forward", "forward_pre", "backward", "backward_pre")
+)
 _capture_lock = threading.RLock()  # torch.export runs once at a time in a process
 
 
@@ -60,23 +63,21 @@ class AcceleratedModule(nn.Module):
         self.training = False
         self._hide("_source", None)
         self._hide("_lock", threading.RLock())
+        self._hide("_last_lock", threading.Lock())  # never held for long
         self._hide("_clock", itertools.count(1))
         self._hide("_captures", [])
         self._hide("_examples", {})  # by structure of the inputs, those captured first
-        hooks = (f"_{when}_hooks" for when in ("forward", "forward_pre", "backward", "backward_pre"))
-        self._hide(
-            "_observers", tuple(d for name in hooks for d in (vars(self)[name], vars(nn_module)["_global" + name]))
-        )
         self._use(model)
 
     def _use(self, model: nn.Module) -> None:
         """Takes ``model`` for its own. Captures that hold no tensors stay; a call under way ends on its old plan."""
         self._hide("_model", model)
         self._captures[:] = [capture for capture in self._captures if not capture.tensors]
-        self._hide("_packed", PackedWeights())
-        self._hide("_plans", {})
-        self._hide("_last", None)
-        self._hide("_usual", None)
+        with self._last_lock:
+            self._hide("_packed", PackedWeights())
+            self._hide("_plans", {})
+            self._hide("_last", None)
+            self._hide("_usual", None)  # the last plan's run_usual(), if it was called with one tensor alone
 
     def _hide(self, name: str, value: Any) -> None:
         # Not a submodule: a larger model's parameters(), to() and train() pass it by.
@@ -87,16 +88,13 @@ class AcceleratedModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A call like the last one goes to the engine at once: between two calls a network fills the caches, and
         # nn.Module's way to forward() and from there takes 2 % of a MobileNet's time to come back.
-        usual = self._usual
-        if usual is not None and len(args) == 1 and not kwargs and not torch.compiler.is_dynamo_compiling():
-            result = usual(args[0], self._observers)
-            if result is not None:
-                return result
+        if not torch.compiler.is_dynamo_compiling():
+            usual = self._usual
+            if usual is not None and len(args) == 1 and not kwargs:
+                result = usual(args[0], self.__dict__, _GLOBAL_HOOKS)
+                if result is not None:
+                    return result
         return super().__call__(*args, **kwargs)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        self._hide("_usual", None)
-        super().compile(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if _is_traced():
@@ -107,7 +105,6 @@ class AcceleratedModule(nn.Module):
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         tensors, entry = self._plan(args, kwargs)
-        entry.used = next(self._clock)
         if torch.is_autocast_enabled("cpu"):  # steps through ATen would see it
             with torch.autocast("cpu", enabled=False):
                 return entry.plan.run(tensors)
@@ -132,11 +129,13 @@ class AcceleratedModule(nn.Module):
         if entry is None:
             with self._lock, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
                 entry = self._plans.get(key) or self._prepare(args, kwargs, leaves, key)
+        entry.used = next(self._clock)
         if entry is not self._last:
-            with self._lock:
+            alone = spec is None and type(self).forward is AcceleratedModule.forward
+            with self._last_lock:
                 if self._plans.get(key) is entry:  # and no refresh() has come between
                     self._hide("_last", entry)
-                    self._hide("_usual", entry.plan.run_usual if self._compiled_call_impl is None else None)
+                    self._hide("_usual", entry.plan.run_usual if alone else None)
         return tensors, entry
 
     def _prepare(self, args: tuple, kwargs: dict[str, Any], leaves: Any, key: tuple) -> _Entry:

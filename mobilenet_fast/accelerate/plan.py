@@ -399,8 +399,9 @@ class _Builder:
             )
         if node.op == "inverted_residual":
             top, _, left, _ = attrs["padding"]
-            expand, project = (attrs[k] and self.pack(attrs[k]) for k in ("expand", "project"))
+            expand = attrs["expand"] and self.pack(attrs["expand"])
             depthwise = self.pack(attrs["depthwise"], "depthwise_conv2d")
+            project = attrs["project"] and self.pack(attrs["project"])
             return lambda engine: engine.add_inverted_residual(
                 isa=isa,
                 x_shape=x.shape,

@@ -127,6 +127,115 @@ void check_depthwise(const Kernels<T>& k, int64_t size, int64_t channels, int64_
   expect<T>("depthwise past the end", y[out * out * channels], 77, 0);
 }
 
+// Windows over an image that holds a NaN: a maximum or mean is NaN where its window meets it, and only there.
+template <class T>
+void check_pool(const Kernels<T>& k, int64_t size, int64_t channels, int64_t kernel, int64_t stride, int64_t dilation,
+                bool mean, bool count_padding, int64_t divisor) {
+  const int64_t pad = kernel / 2, reach = (kernel - 1) * dilation + 1;
+  if (size + 2 * pad < reach) return;
+  const int64_t out = (size + 2 * pad - reach) / stride + 1;
+  auto x = random<T>(size * size * channels);
+  x[x.size() / 2] = std::numeric_limits<T>::quiet_NaN();
+  std::vector<T> y(out * out * channels + 1, T(77));
+  PoolArgs<T> args{};
+  args.x = x.data();
+  args.x_row_stride = size * channels;
+  args.x_pixel_stride = args.y_pixel_stride = args.channels = channels;
+  args.height = args.width = size;
+  args.y = y.data();
+  args.y_row_stride = out * channels;
+  args.row_end = args.out_width = out;
+  args.kernel_h = args.kernel_w = kernel;
+  args.stride_h = args.stride_w = stride;
+  args.pad_top = args.pad_left = pad;
+  args.dilation_h = args.dilation_w = dilation;
+  args.mean = mean;
+  args.count_padding = count_padding;
+  args.divisor = divisor;
+  k.pool2d(args);
+  for (int64_t i = 0; i < out * out * channels; ++i) {
+    const int64_t c = i % channels, ox = i / channels % out, oy = i / channels / out;
+    double sum = 0, largest = -std::numeric_limits<double>::infinity();
+    int64_t inside = 0, padded = 0;
+    bool nan = false;
+    for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+      const int64_t iy = oy * stride - pad + tap / kernel * dilation, ix = ox * stride - pad + tap % kernel * dilation;
+      padded += iy < size + pad && ix < size + pad;
+      if (iy < 0 || iy >= size || ix < 0 || ix >= size) continue;
+      const double value = x[(iy * size + ix) * channels + c];
+      ++inside;
+      nan |= std::isnan(value);
+      sum += value;
+      largest = std::max(largest, value);
+    }
+    const double wanted = mean ? sum / (divisor > 0 ? divisor : count_padding ? padded : inside) : largest;
+    if (inside > 0 && nan != std::isnan(y[i])) expect<T>("NaN in a window", std::isnan(y[i]), nan, 0);
+    if (inside > 0 && !nan) expect<T>(mean ? "mean" : "maximum", y[i], wanted, inside);
+  }
+  expect<T>("pool past the end", y[out * out * channels], 77, 0);
+}
+
+// A 3×3 convolution by the two transforms, with plain loops in between. The transforms round about ten times as much.
+template <class T>
+void check_winograd(const Kernels<T>& k, int64_t size, int64_t depth, int64_t channels, Activation activation) {
+  constexpr double kG[6][3] = {{1. / 4, 0, 0},
+                               {-1. / 6, -1. / 6, -1. / 6},
+                               {-1. / 6, 1. / 6, -1. / 6},
+                               {1. / 24, 1. / 12, 1. / 6},
+                               {1. / 24, -1. / 12, 1. / 6},
+                               {0, 0, 1}};
+  const int64_t across = (size + 3) / 4, tiles = across * across;
+  const auto x = random<T>(size * size * depth), w = random<T>(9 * depth * channels), bias = random<T>(channels);
+  std::vector<T> inputs(36 * tiles * depth), outputs(36 * tiles * channels), y(size * size * channels + 1, T(77));
+  WinogradArgs<T> args{};
+  args.image = x.data();
+  args.image_row_stride = size * depth;
+  args.image_pixel_stride = args.channels = args.tile_stride = depth;
+  args.image_height = args.image_width = size;
+  args.pad_top = args.pad_left = 1;
+  args.tiles = inputs.data();
+  args.tile_end = tiles;
+  args.tiles_across = across;
+  args.plane_stride = tiles * depth;
+  k.winograd_input(args);
+  for (int64_t plane = 0; plane < 36; ++plane) {
+    for (int64_t c = 0; c < channels; ++c) {
+      std::vector<double> transformed(depth, 0.0);
+      for (int64_t d = 0; d < depth; ++d) {
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          transformed[d] += kG[plane / 6][tap / 3] * kG[plane % 6][tap % 3] * w[(tap * depth + d) * channels + c];
+        }
+      }
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        double sum = 0;
+        for (int64_t d = 0; d < depth; ++d) sum += transformed[d] * inputs[(plane * tiles + tile) * depth + d];
+        outputs[(plane * tiles + tile) * channels + c] = static_cast<T>(sum);
+      }
+    }
+  }
+  args.output = y.data();
+  args.image_row_stride = size * channels;
+  args.image_pixel_stride = args.channels = args.tile_stride = channels;
+  args.tiles = outputs.data();
+  args.plane_stride = tiles * channels;
+  args.bias = bias.data();
+  args.activation = activation;
+  k.winograd_output(args);
+  for (int64_t i = 0; i < size * size * channels; ++i) {
+    const int64_t c = i % channels, ox = i / channels % size, oy = i / channels / size;
+    double sum = bias[c];
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      const int64_t iy = oy + tap / 3 - 1, ix = ox + tap % 3 - 1;
+      if (iy < 0 || iy >= size || ix < 0 || ix >= size) continue;
+      for (int64_t d = 0; d < depth; ++d) {
+        sum += 1.0 * x[(iy * size + ix) * depth + d] * w[(tap * depth + d) * channels + c];
+      }
+    }
+    expect<T>("winograd", y[i], activate(activation, sum), 10 * 9 * depth);
+  }
+  expect<T>("winograd past the end", y[size * size * channels], 77, 0);
+}
+
 template <class T>
 void check_elementwise(const Kernels<T>& k, int64_t rows, int64_t channels, Activation activation) {
   const auto x = random<T>(rows * channels), other = random<T>(rows * channels), scale = random<T>(channels),
@@ -190,6 +299,17 @@ void check_all(Isa isa) {
     }
     for (int64_t rows : {1, 3, 4, 9}) {
       if (channels > 0) check_elementwise(k, rows, channels, next());
+    }
+    for (int64_t size : {1, 3, 4, 6, 9}) {
+      if (channels > 0) check_winograd(k, size, 1 + size % 4, channels, next());
+      for (int64_t kernel : {1, 2, 3, 5}) {
+        for (int64_t stride : {1, 2}) {
+          if (channels <= 0) continue;
+          // Dilated by two, a window of three has its middle inside; means have no dilation.
+          check_pool(k, size, channels, kernel, stride, kernel == 3 ? 1 + size % 2 : 1, false, false, 0);
+          check_pool(k, size, channels, kernel, stride, 1, true, stride == 1, kernel == 2 ? 3 : 0);
+        }
+      }
     }
   }
 }
