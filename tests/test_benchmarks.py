@@ -175,20 +175,23 @@ def test_plots_are_written(tmp_path):
 
 
 def test_a_run_prints_and_saves(tmp_path, capsys):
-    arguments = ["operators", "--case", "64to24", "--peer", "functional", "copy", "--threads", "1"]
+    arguments = ["operators", "--case", "64to24", "--peer", "functional", "copy", "--threads", "1", "2"]
     arguments.append("--skip-tests")
     assert main([*arguments, "--rounds", "1", "--seconds", "0.01", "--out", str(tmp_path)]) == 0
-    assert "pointwise_conv2d 64to24 56x56 · 1 thread(s) · batch 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "pointwise_conv2d 64to24 56x56 · 1 thread(s) · batch 1" in printed
+    assert printed.count("a line between threads and back") == 1
     (json_file,), (csv_file,) = tmp_path.glob("*.json"), tmp_path.glob("*.csv")
     saved = json.loads(json_file.read_text())
     assert {r["peer"] for r in saved["results"]} == {"functional", "functional channels_last", "copy"}
     assert all(r["median_ms"] > 0 for r in saved["results"])
-    assert all(r["threads"] == 1 and r["peak_gflops"] > 0 for r in saved["results"])
+    assert {r["threads"] for r in saved["results"]} == {1, 2} and all(r["peak_gflops"] > 0 for r in saved["results"])
+    assert all((r["trip_ns"] or 0) > 0 if r["threads"] == 2 else r["trip_ns"] is None for r in saved["results"])
     assert saved["copy_gbytes_per_second"]["1"].keys() == {"l2", "memory"}
     assert {"command", "commit", "cpu", "isa", "versions"} <= saved["conditions"].keys()
     with csv_file.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 and {"median_ms", "peak_share", "versions", "cpu", "threads", "commit"} <= rows[0].keys()
+    assert len(rows) == 6 and {"median_ms", "peak_share", "versions", "cpu", "threads", "commit"} <= rows[0].keys()
 
 
 def test_unknown_names_are_refused():

@@ -46,7 +46,7 @@ inline typename Vec<T>::Reg exp(typename Vec<T>::Reg x) {
   auto r = V::fma(n, V::set1(kOnePart ? -C::kLn2 : -C::kLn2High), x);
   if constexpr (!kOnePart) r = V::fma(n, V::set1(-C::kLn2Low), r);
   auto p = V::set1(C::kPolynomial[C::kDegree]);
-#pragma GCC unroll 24
+#pragma GCC unroll 16
   for (int i = C::kDegree - 1; i >= 0; --i) p = V::fma(p, r, V::set1(C::kPolynomial[i]));
   return V::scale2(p, n);
 }
@@ -93,7 +93,7 @@ template <class T, Activation kActivation, int kRows, int kColumns>
 [[gnu::always_inline]] inline void activate_accumulators_as(typename Vec<T>::Reg (&acc)[kRows][kColumns]) {
 #pragma GCC unroll 24
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 24
+#pragma GCC unroll 16
     for (int j = 0; j < kColumns; ++j) acc[i][j] = activate_cheap<T>(kActivation, acc[i][j]);
   }
 }

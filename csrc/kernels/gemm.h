@@ -31,16 +31,17 @@ struct GemmShape {
 // together.
 template <class T, int kRows>
 struct GemmInputs {
-  static constexpr int kGroups = (kRows + 6 - 1) / 6;
+  static constexpr int kGroup = 6, kGroups = (kRows + kGroup - 1) / kGroup;
   const T* group[kGroups];
 
   [[gnu::always_inline]] GemmInputs(const T* a, int64_t stride) {
 #pragma GCC unroll 4
     for (int i = 0; i < kGroups; ++i) {
-      group[i] = a + 6 * i * stride;
+      group[i] = a + kGroup * i * stride;
       if constexpr (kGroups > 1) asm("" : "+r"(group[i]));
     }
   }
+  [[gnu::always_inline]] T row(int i, int64_t stride) const { return group[i / kGroup][i % kGroup * stride]; }
   [[gnu::always_inline]] void next() {
 #pragma GCC unroll 4
     for (int i = 0; i < kGroups; ++i) ++group[i];
@@ -73,7 +74,7 @@ struct GemmAccumulators {
     if constexpr (kHalf) w_half = H::load(weight + kFull * V::kLanes);
 #pragma GCC unroll 24
     for (int i = 0; i < kRows; ++i) {
-      const auto x = V::set1(a.group[i / 6][i % 6 * a_stride]);
+      const auto x = V::set1(a.row(i, a_stride));
 #pragma GCC unroll 4
       for (int j = 0; j < kFull; ++j) full[i][j] = V::fma(x, w[j], full[i][j]);
       if constexpr (kHalf) half[i][0] = H::fma(H::low(x), w_half, half[i][0]);
@@ -122,8 +123,12 @@ struct GemmPanel {
   int last;        // columns in the last vector
 };
 
-// `count` tiles one below the other, from row `row` on; with kFetch each brings a line for each k from `fetch` on.
-template <class T, int kRows, int kVectors, bool kHalf, bool kFetch>
+// How a tile goes through its inputs: kTaps where each chunk is a single k; kFetching brings a line for each k from
+// `fetch` on. (One loop for chunks of every length costs the long ones up to 4 %.)
+enum class GemmLoop { kChunks, kFetching, kTaps };
+
+// `count` tiles one below the other, from row `row` on.
+template <class T, int kRows, int kVectors, bool kHalf, GemmLoop kLoop>
 void gemm_tiles(const GemmArgs<T>& g, const GemmPanel<T>& panel, int64_t row, int64_t count, const char* fetch) {
   constexpr int kLanes = Vec<T>::kLanes, kFull = kVectors - kHalf;
   constexpr int kWidth = kFull * kLanes + (kHalf ? Vec<HalfOf<T>>::kLanes : 0);
@@ -135,7 +140,7 @@ void gemm_tiles(const GemmArgs<T>& g, const GemmPanel<T>& panel, int64_t row, in
     const T* weight = panel.weight;
     GemmAccumulators<T, kRows, kFull, kHalf> acc;
     acc.start(g.bias + panel.column);
-    if (g.chunk_length == 1) {
+    if constexpr (kLoop == GemmLoop::kTaps) {
       for (int64_t chunk = 0; chunk < g.chunks; ++chunk, weight += kWidth) {
         acc.multiply(GemmInputs<T, kRows>(a + g.chunk_offset[chunk], a_stride), a_stride, weight);
       }
@@ -143,7 +148,7 @@ void gemm_tiles(const GemmArgs<T>& g, const GemmPanel<T>& panel, int64_t row, in
       for (int64_t chunk = 0; chunk < g.chunks; ++chunk) {
         GemmInputs<T, kRows> inputs(a + g.chunk_offset[chunk], a_stride);
         for (int64_t k = 0; k < g.chunk_length; ++k, inputs.next(), weight += kWidth) {
-          if constexpr (kFetch) {
+          if constexpr (kLoop == GemmLoop::kFetching) {
             __builtin_prefetch(fetch, 0, 2);
             fetch += kCacheLine;
           }
@@ -167,32 +172,36 @@ template <class T>
 using GemmTiles = void (*)(const GemmArgs<T>&, const GemmPanel<T>&, int64_t, int64_t, const char*);
 
 template <class T, int kVectors, bool kHalf, int kRows = GemmShape<T>::rows(kVectors)>
-GemmTiles<T> select_gemm_rows(int rows, bool fetch) {
+GemmTiles<T> select_gemm_rows(int rows, GemmLoop loop) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return select_gemm_rows<T, kVectors, kHalf, kRows - 1>(rows, fetch);
+    if (rows < kRows) return select_gemm_rows<T, kVectors, kHalf, kRows - 1>(rows, loop);
+  }
+  // Float64 is here to check float32's code: one loop, right for all, spares it a third of the build.
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (loop == GemmLoop::kTaps) return gemm_tiles<T, kRows, kVectors, kHalf, GemmLoop::kTaps>;
     // A product of many rows has tiles of the two or three greatest heights.
-    if constexpr (kRows >= GemmShape<T>::rows(kVectors) - 2) {
-      if (fetch) return gemm_tiles<T, kRows, kVectors, kHalf, true>;
+    if constexpr (kRows > 1 && kRows >= GemmShape<T>::rows(kVectors) - 2) {
+      if (loop == GemmLoop::kFetching) return gemm_tiles<T, kRows, kVectors, kHalf, GemmLoop::kFetching>;
     }
   }
-  return gemm_tiles<T, kRows, kVectors, kHalf, false>;
+  return gemm_tiles<T, kRows, kVectors, kHalf, GemmLoop::kChunks>;
 }
 
 template <class T, bool kHalf>
-GemmTiles<T> select_gemm_tiles(int vectors, int rows, bool fetch) {
+GemmTiles<T> select_gemm_tiles(int vectors, int rows, GemmLoop loop) {
   if constexpr (GemmShape<T>::kPanelVectors == 4) {
-    if (vectors == 4) return select_gemm_rows<T, 4, kHalf>(rows, fetch);
-    if (vectors == 3) return select_gemm_rows<T, 3, kHalf>(rows, fetch);
+    if (vectors == 4) return select_gemm_rows<T, 4, kHalf>(rows, loop);
+    if (vectors == 3) return select_gemm_rows<T, 3, kHalf>(rows, loop);
   }
-  return vectors == 2 ? select_gemm_rows<T, 2, kHalf>(rows, fetch) : select_gemm_rows<T, 1, kHalf>(rows, fetch);
+  return vectors == 2 ? select_gemm_rows<T, 2, kHalf>(rows, loop) : select_gemm_rows<T, 1, kHalf>(rows, loop);
 }
 
 template <class T>
-GemmTiles<T> select_gemm_tiles(int vectors, int rows, bool half, bool fetch) {
+GemmTiles<T> select_gemm_tiles(int vectors, int rows, bool half, GemmLoop loop) {
   if constexpr (Vec<HalfOf<T>>::kLanes > 0) {
-    if (half) return select_gemm_tiles<T, true>(vectors, rows, fetch);
+    if (half) return select_gemm_tiles<T, true>(vectors, rows, loop);
   }
-  return select_gemm_tiles<T, false>(vectors, rows, fetch);
+  return select_gemm_tiles<T, false>(vectors, rows, loop);
 }
 
 template <class T>
@@ -201,6 +210,7 @@ void gemm(const GemmArgs<T>& g) {
   const int64_t vectors = (g.columns + kLanes - 1) / kLanes;
   const int64_t panels = panel_count(vectors, GemmShape<T>::kPanelVectors);
   const int64_t depth = g.chunks * g.chunk_length;
+  const bool taps = g.chunk_length == 1;
   for (int64_t block = 0; block < g.rows; block += g.rows_per_block) {
     const int64_t rows = block + g.rows_per_block < g.rows ? g.rows_per_block : g.rows - block;
     for (int64_t p = g.panel_begin; p < g.panel_end; ++p) {
@@ -217,7 +227,7 @@ void gemm(const GemmArgs<T>& g) {
       const int64_t tiles = (rows + max_rows - 1) / max_rows;
       // Lines of the next panel for each k, and so tiles that bring them: some are left, or it is not worth it.
       int64_t fetching = (packed_width * static_cast<int64_t>(sizeof(T)) + kCacheLine - 1) / kCacheLine;
-      if (depth < kFetchDepth || g.chunk_length == 1 || fetching >= tiles) fetching = 0;
+      if (depth < kFetchDepth || taps || fetching >= tiles) fetching = 0;
       const char* fetch = reinterpret_cast<const char*>(weight + packed_width * depth);
       // Tiles of two heights at most, the high ones first: rows / tiles rounded up and down.
       const int low = static_cast<int>(rows / tiles);
@@ -227,7 +237,8 @@ void gemm(const GemmArgs<T>& g) {
         const bool high = t < high_tiles, fetches = t < fetching;
         int64_t end = high ? high_tiles : tiles;
         if (fetches && fetching < end) end = fetching;
-        select_gemm_tiles<T>(panel_vectors, low + high, half, fetches)(g, panel, row, end - t, fetch);
+        const GemmLoop loop = taps ? GemmLoop::kTaps : fetches ? GemmLoop::kFetching : GemmLoop::kChunks;
+        select_gemm_tiles<T>(panel_vectors, low + high, half, loop)(g, panel, row, end - t, fetch);
         if (fetches) fetch += (end - t) * depth * kCacheLine;
         row += (end - t) * (low + high);
         t = end;

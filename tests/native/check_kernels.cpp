@@ -57,8 +57,11 @@ const Activation kActivations[] = {Activation::kNone,       Activation::kRelu, A
                                    Activation::kHardswish,  Activation::kSilu, Activation::kSigmoid,
                                    Activation::kHardsigmoid};
 
+// The depth in chunks one after another in memory.
 template <class T>
-void check_gemm(const Kernels<T>& k, int64_t rows, int64_t depth, int64_t columns, Activation activation) {
+void check_gemm(const Kernels<T>& k, int64_t rows, int64_t chunks, int64_t chunk_length, int64_t columns,
+                int64_t rows_per_block, Activation activation) {
+  const int64_t depth = chunks * chunk_length;
   const int64_t vectors = (columns + k.lanes - 1) / k.lanes, panels = panel_count(vectors, k.panel_vectors);
   const auto a = random<T>(rows * depth), w = random<T>(columns * depth), r = random<T>(rows * columns);
   auto bias = random<T>(vectors * k.lanes);
@@ -71,9 +74,10 @@ void check_gemm(const Kernels<T>& k, int64_t rows, int64_t depth, int64_t column
     k.pack_columns(w.data() + column * depth, std::min(width, columns - column), depth, scale.data() + column,
                    packed.data() + column * depth, width);
   }
-  const int64_t offset = 0;
-  k.gemm({a.data(), depth, rows, &offset, 1, depth, packed.data(), bias.data(), columns, 0, panels, r.data(), columns,
-          y.data(), columns, 16, activation});
+  std::vector<int64_t> offsets;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) offsets.push_back(chunk * chunk_length);
+  k.gemm({a.data(), depth, rows, offsets.data(), chunks, chunk_length, packed.data(), bias.data(), columns, 0, panels,
+          r.data(), columns, y.data(), columns, rows_per_block, activation});
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < columns; ++n) {
       double sum = bias[n] + static_cast<double>(r[m * columns + n]);
@@ -286,7 +290,11 @@ void check_all(Isa isa) {
   for (int64_t rows : {1, 2, 5, 6, 7, 13, 24, 49}) {
     for (int64_t columns : {int64_t(1), lanes / 2, lanes - 1, lanes, lanes + 1, 3 * lanes / 2, 2 * lanes, 3 * lanes - 1,
                             4 * lanes, 9 * lanes + 3}) {
-      if (columns > 0) check_gemm(k, rows, 1 + rows % 19 + columns % 5, columns, next());
+      if (columns <= 0) continue;
+      check_gemm(k, rows, 1, 1 + rows % 19 + columns % 5, columns, 16, next());
+      check_gemm(k, rows, 1 + rows % 5, 1 + columns % 3, columns, 16, next());
+      check_gemm(k, rows, 3 + columns % 5, 1, columns, rows, next());
+      check_gemm(k, 3 * rows, 1, 70, columns, 3 * rows, next());  // deep enough to fetch what follows
     }
   }
   for (int64_t channels : {int64_t(1), lanes - 1, lanes, 2 * lanes + 3}) {
