@@ -9,8 +9,8 @@
 //   max(a, b), min     return b when either operand is NaN, so a NaN passes through when it is the second operand.
 //   max_nan(a, b)      NaN when either operand is.
 //   round              to the nearest integer, ties to even.
-//   scale2(x, n)       x * 2^n for integral n, |n| <= 250 (float) or 2000 (double), with overflow to Inf and gradual
-//                      underflow.
+//   scale2(x, n)       x * 2^n for integral n from -126 to 128 (float) or -1022 to 1024 (double), with overflow to Inf;
+//                      0 will do at the least n.
 // kMaskIsFree says that load_n and store_n cost no more than load and store.
 //
 // HalfOf<T> is a vector of half the lanes, with the functions that a matrix product needs, where such vectors cost
@@ -141,12 +141,10 @@ struct Vec<float> {
   static Reg max_nan(Reg a, Reg b) { return _mm256_blendv_ps(max(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Reg power2(__m256i n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
-  }
-  static Reg scale2(Reg a, Reg n) {  // in two steps, since 2^n alone may leave the range of normal numbers
-    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
-    return mul(mul(a, power2(half)), power2(_mm256_sub_epi32(whole, half)));
+  static Reg scale2(Reg a, Reg n) {  // by 2^(n - 1), made of its exponent, and twice that: 2^128 has no exponent
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(126));
+    const Reg half = mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+    return add(half, half);
   }
   static float sum(Reg a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -178,13 +176,10 @@ struct Vec<double> {
   static Reg max_nan(Reg a, Reg b) { return _mm256_blendv_pd(max(a, b), a, _mm256_cmp_pd(a, a, _CMP_UNORD_Q)); }
   static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
   static Reg round(Reg a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Reg power2(__m128i n) {
-    const __m256i wide = _mm256_cvtepi32_epi64(n);
-    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(wide, _mm256_set1_epi64x(1023)), 52));
-  }
   static Reg scale2(Reg a, Reg n) {
-    const __m128i whole = _mm256_cvtpd_epi32(n), half = _mm_srai_epi32(whole, 1);
-    return mul(mul(a, power2(half)), power2(_mm_sub_epi32(whole, half)));
+    const __m256i exponent = _mm256_cvtepi32_epi64(_mm_add_epi32(_mm256_cvtpd_epi32(n), _mm_set1_epi32(1022)));
+    const Reg half = mul(a, _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52)));
+    return add(half, half);
   }
   static double sum(Reg a) {
     const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
@@ -223,10 +218,10 @@ struct Vec<float> {
   static Reg max_nan(Reg a, Reg b) { return vmaxq_f32(a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static Reg round(Reg a) { return vrndnq_f32(a); }
-  static Reg power2(int32x4_t n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23)); }
-  static Reg scale2(Reg a, Reg n) {
-    const int32x4_t whole = vcvtnq_s32_f32(n), half = vshrq_n_s32(whole, 1);
-    return mul(mul(a, power2(half)), power2(vsubq_s32(whole, half)));
+  static Reg scale2(Reg a, Reg n) {  // see AVX2
+    const int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(126));
+    const Reg half = mul(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+    return add(half, half);
   }
   static float sum(Reg a) { return vaddvq_f32(a); }
 };
@@ -260,10 +255,10 @@ struct Vec<double> {
   static Reg max_nan(Reg a, Reg b) { return vmaxq_f64(a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
   static Reg round(Reg a) { return vrndnq_f64(a); }
-  static Reg power2(int64x2_t n) { return vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(n, vdupq_n_s64(1023)), 52)); }
   static Reg scale2(Reg a, Reg n) {
-    const int64x2_t whole = vcvtnq_s64_f64(n), half = vshrq_n_s64(whole, 1);
-    return mul(mul(a, power2(half)), power2(vsubq_s64(whole, half)));
+    const int64x2_t exponent = vaddq_s64(vcvtnq_s64_f64(n), vdupq_n_s64(1022));
+    const Reg half = mul(a, vreinterpretq_f64_s64(vshlq_n_s64(exponent, 52)));
+    return add(half, half);
   }
   static double sum(Reg a) { return vaddvq_f64(a); }
 };
