@@ -26,11 +26,12 @@ struct ValueRef {
 
 Storage parse_storage(const std::string& name) {
   if (name == "arena") return Storage::kArena;
+  if (name == "part") return Storage::kPart;
   if (name == "input") return Storage::kInput;
   if (name == "output") return Storage::kOutput;
   if (name == "aten") return Storage::kAten;
   if (name == "slice") return Storage::kSlice;
-  throw py::value_error("Plan: storage must be arena, input, output, aten or slice, got '" + name + "'");
+  throw py::value_error("Plan: storage must be arena, part, input, output, aten or slice, got '" + name + "'");
 }
 
 AtenArgument aten_argument(const py::handle& object, const c10::Argument& argument) {
@@ -189,15 +190,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init([](const std::string& dtype,
                        const std::vector<std::tuple<std::string, int64_t, std::vector<int64_t>, bool, int64_t>>& values,
-                       const std::vector<int64_t>& outputs, int64_t arena_bytes) {
+                       const std::vector<int64_t>& outputs, int64_t arena_bytes, int64_t part_bytes) {
              std::vector<Value> converted;
              for (const auto& [storage, location, shape, any_strides, channel] : values) {
                converted.push_back({parse_storage(storage), location, shape, any_strides, channel});
              }
              return std::make_unique<Plan>(dtype == "float64" ? at::kDouble : at::kFloat, std::move(converted), outputs,
-                                           arena_bytes);
+                                           arena_bytes, part_bytes);
            }),
-           py::arg("dtype"), py::arg("values"), py::arg("outputs"), py::arg("arena_bytes"))
+           py::arg("dtype"), py::arg("values"), py::arg("outputs"), py::arg("arena_bytes"), py::arg("part_bytes"))
+      .def_readwrite("parts", &Plan::parts)
       .def("run", &Plan::run, release)
       .def("run_usual", &run_usual)
       .def("profile", &Plan::profile, release)

@@ -46,24 +46,20 @@ size_t root(const std::vector<Value>& values, size_t i) {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// `seconds`, where given, takes the time of each step, from barrier to barrier.
-void run_steps(int threads, const std::vector<const Step*>& steps, const Buffer* buffers, size_t shared_bytes,
-               size_t thread_bytes, Scratch& scratch, double* seconds = nullptr) {
-  shared_bytes = round_up(static_cast<int64_t>(shared_bytes), 64);
-  thread_bytes = round_up(static_cast<int64_t>(thread_bytes), 64);
-  char* memory = scratch.at_least(shared_bytes + thread_bytes * threads + 64);
-  run_team(threads, [&](const Team& team) {
-    const Work work{team, buffers, memory, memory + shared_bytes + thread_bytes * team.index};
-    for (size_t i = 0; i < steps.size(); ++i) {
-      if (i > 0) team.sync();
-      const double start = seconds == nullptr ? 0.0 : now();
-      steps[i]->run(work);
-      if (seconds != nullptr) {
-        team.sync();
-        if (team.index == 0) seconds[i] = now() - start;
-      }
+size_t whole_lines(size_t bytes) { return static_cast<size_t>(round_up(static_cast<int64_t>(bytes), 64)); }
+
+// What each thread of a team does. `seconds`, where given, gets the time of each step added, from barrier to barrier.
+template <class Steps>
+void run_steps(const Work& work, const Steps& steps, double* seconds) {
+  for (size_t i = 0; i < steps.size(); ++i) {
+    if (i > 0) work.team.sync();
+    const double start = seconds == nullptr ? 0.0 : now();
+    steps[i]->run(work);
+    if (seconds != nullptr) {
+      work.team.sync();
+      if (work.team.index == 0) seconds[i] += now() - start;
     }
-  });
+  }
 }
 
 }  // namespace
@@ -101,13 +97,22 @@ double peak_gflops(Isa isa, int threads) {
 void run_step(const Step& step, const std::vector<Buffer>& buffers) {
   thread_local Scratch scratch;
   const int threads = static_cast<int>(std::clamp<int64_t>(step.threads_worth(), 1, team_size()));
-  run_steps(threads, {&step}, buffers.data(), step.shared_scratch_bytes(), step.thread_scratch_bytes(), scratch);
+  const size_t shared = whole_lines(step.shared_scratch_bytes()), thread = whole_lines(step.thread_scratch_bytes());
+  char* memory = scratch.at_least(shared + thread * threads + 64);
+  run_team(threads,
+           [&](const Team& team) { step.run({team, buffers.data(), memory, memory + shared + thread * team.index}); });
 }
 
-Plan::Plan(at::ScalarType dtype, std::vector<Value> values, std::vector<int64_t> outputs, int64_t arena_bytes)
-    : dtype_(dtype), values_(std::move(values)), outputs_(std::move(outputs)), arena_bytes_(arena_bytes) {
+Plan::Plan(at::ScalarType dtype, std::vector<Value> values, std::vector<int64_t> outputs, int64_t arena_bytes,
+           int64_t part_bytes)
+    : dtype_(dtype),
+      values_(std::move(values)),
+      outputs_(std::move(outputs)),
+      arena_bytes_(arena_bytes),
+      part_bytes_(part_bytes) {
   for (size_t i = 0; i < values_.size(); ++i) {
-    if (values_[root(values_, i)].storage != Storage::kArena) outside_.push_back(static_cast<int64_t>(i));
+    const Storage storage = values_[root(values_, i)].storage;
+    if (storage != Storage::kArena && storage != Storage::kPart) outside_.push_back(static_cast<int64_t>(i));
   }
 }
 
@@ -122,7 +127,10 @@ bool Plan::takes(const at::Tensor& input) const {
 }
 
 void Plan::add(std::unique_ptr<Step> step) {
-  if (segments_.empty() || segments_.back().aten != nullptr) segments_.emplace_back();
+  if (segments_.empty() || segments_.back().aten != nullptr || segments_.back().parts != parts) {
+    segments_.emplace_back();
+    segments_.back().parts = parts;
+  }
   Segment& segment = segments_.back();
   segment.shared_scratch_bytes = std::max(segment.shared_scratch_bytes, step->shared_scratch_bytes());
   segment.thread_scratch_bytes = std::max(segment.thread_scratch_bytes, step->thread_scratch_bytes());
@@ -137,7 +145,8 @@ void Plan::add(AtenStep step) {
 std::vector<std::string> Plan::describe() const {
   std::vector<std::string> lines;
   for (const Segment& segment : segments_) {
-    for (const auto& step : segment.steps) lines.push_back(step->describe());
+    const std::string times = segment.parts == 1 ? "" : std::to_string(segment.parts) + " × ";
+    for (const auto& step : segment.steps) lines.push_back(times + step->describe());
     if (segment.aten != nullptr) lines.push_back("ATen " + c10::toString(segment.aten->op.operator_name()));
   }
   return lines;
@@ -152,11 +161,66 @@ std::unique_ptr<Plan::Arena> Plan::take_arena() {
 }
 
 void Plan::run_native(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const {
-  std::vector<const Step*> steps;
-  steps.reserve(segment.steps.size());
-  for (const auto& step : segment.steps) steps.push_back(step.get());
-  run_steps(team_size(), steps, buffers.data(), segment.shared_scratch_bytes, segment.thread_scratch_bytes,
-            arena.scratch, seconds);
+  if (segment.parts > 1) {
+    run_parts(segment, buffers, arena, seconds);
+    return;
+  }
+  const int threads = team_size();
+  const size_t shared = whole_lines(segment.shared_scratch_bytes), thread = whole_lines(segment.thread_scratch_bytes);
+  char* memory = arena.scratch.at_least(shared + thread * threads + 64);
+  run_team(threads, [&](const Team& team) {
+    run_steps({team, buffers.data(), memory, memory + shared + thread * team.index}, segment.steps, seconds);
+  });
+}
+
+// Each thread runs parts of its own, which needs no barriers and keeps a part in one core's cache. Where fewer parts
+// are left than there are threads, several threads share one.
+void Plan::run_parts(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const {
+  const int threads = team_size();
+  const int64_t most = std::min<int64_t>(threads, segment.parts);  // teams at once
+  const size_t shared = whole_lines(segment.shared_scratch_bytes), thread = whole_lines(segment.thread_scratch_bytes);
+  const size_t part = static_cast<size_t>(round_up(part_bytes_, 4096));
+  char* scratch = arena.scratch.at_least(shared * most + thread * threads + 64);
+  char* memory = arena.part_memory.at_least(part * most + 64);
+  std::vector<Barrier> barriers(most);
+  run_team(threads, [&](const Team& all) {
+    std::vector<Buffer> own(values_.size());
+    for (int64_t done = 0; done < segment.parts;) {
+      if (done > 0) all.sync();  // another team takes over the memory
+      const int64_t left = segment.parts - done;
+      const int64_t teams = all.size / ((all.size + left - 1) / left), each = left / teams;
+      const int64_t index = ((all.index + 1) * teams - 1) / all.size;  // whose share() has this thread
+      const Range members = share(all.size, teams, index);
+      const Team team{static_cast<int>(all.index - members.begin), static_cast<int>(members.size()), &barriers[index]};
+      const Work work{team, own.data(), scratch + shared * index, scratch + shared * most + thread * all.index};
+      for (int64_t i = 0; i < each; ++i) {
+        if (i > 0) team.sync();
+        locate_part(done + index * each + i, segment.parts, buffers, memory + part * index, own);
+        run_steps(work, segment.steps, index == 0 ? seconds : nullptr);
+      }
+      done += teams * each;
+    }
+  });
+}
+
+void Plan::locate_part(int64_t part, int64_t parts, const std::vector<Buffer>& whole, char* memory,
+                       std::vector<Buffer>& buffers) const {
+  const int64_t element = static_cast<int64_t>(at::elementSize(dtype_));
+  for (size_t i = 0; i < values_.size(); ++i) {
+    const Value& value = values_[i];
+    if (value.storage == Storage::kPart) {
+      buffers[i] = dense_buffer(memory + value.location, value.shape);
+    } else if (value.storage == Storage::kSlice) {
+      buffers[i] = buffers[value.location];
+      buffers[i].data = static_cast<char*>(buffers[i].data) + value.channel * element;
+    } else if (whole[i].data != nullptr && !value.shape.empty() && value.shape[0] > 0) {
+      buffers[i] = whole[i];
+      const int64_t images = value.shape[0] / parts;
+      const int64_t image =
+          value.shape.size() == 4 ? whole[i].strides[0] : c10::multiply_integers(value.shape) / value.shape[0];
+      buffers[i].data = static_cast<char*>(whole[i].data) + part * images * image * element;
+    }
+  }
 }
 
 at::Tensor Plan::tensor_of(int64_t value, const std::vector<at::Tensor>& tensors,
@@ -253,7 +317,7 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
       tensors[i] = at::detail::empty_cpu(value.shape, dtype_, false, engine_format(value.shape.size()));
       buffers[i] = dense_buffer(tensors[i].data_ptr(), value.shape);
     } else {
-      buffers[i] = Buffer{};  // until its step has run
+      buffers[i] = Buffer{};  // until its step runs
     }
   };
   if (buffers.empty()) {
@@ -265,7 +329,7 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
   for (const Segment& segment : segments_) {
     const size_t steps = segment.aten != nullptr ? 1 : segment.steps.size();
     const double start = seconds == nullptr ? 0.0 : now();
-    if (seconds != nullptr) seconds->resize(seconds->size() + steps);
+    if (seconds != nullptr) seconds->resize(seconds->size() + steps, 0.0);
     double* times = seconds == nullptr ? nullptr : seconds->data() + seconds->size() - steps;
     if (segment.aten != nullptr) {
       run_aten(*segment.aten, tensors, buffers);

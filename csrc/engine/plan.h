@@ -14,14 +14,15 @@
 
 namespace mobilenet_fast {
 
-enum class Storage { kArena, kInput, kOutput, kAten, kSlice };
+enum class Storage { kArena, kPart, kInput, kOutput, kAten, kSlice };
 
 // A tensor of the plan. In the arena and in outputs, four-dimensional tensors lie as N × H × W × C and others
-// contiguous. A slice is some of the channels of another value, for a step to write.
+// contiguous. One of a part of the batch lies in memory of the threads that run that part. A slice is some of the
+// channels of another value, for a step to write.
 struct Value {
   Storage storage;
-  int64_t
-      location;  // kArena: offset in bytes; kInput, kOutput: position; kSlice: the value it is part of, an earlier one
+  // kArena, kPart: offset in bytes; kInput, kOutput: position; kSlice: the value it is part of, an earlier one
+  int64_t location;
   std::vector<int64_t> shape;
   bool any_strides;  // kInput: its readers accept it as it comes
   int64_t channel;   // kSlice: the first
@@ -42,7 +43,11 @@ struct AtenStep {
 
 class Plan {
  public:
-  Plan(at::ScalarType dtype, std::vector<Value> values, std::vector<int64_t> outputs, int64_t arena_bytes);
+  Plan(at::ScalarType dtype, std::vector<Value> values, std::vector<int64_t> outputs, int64_t arena_bytes,
+       int64_t part_bytes);
+  // Steps added while `parts` > 1 are for one of so many equal parts of the batch, and run once for each. They read and
+  // write values of a part, and that part of the first dimension of any other value.
+  int64_t parts = 1;
   void add(std::unique_ptr<Step> step);
   void add(AtenStep step);
 
@@ -59,18 +64,23 @@ class Plan {
  private:
   struct Arena {
     Scratch memory;
+    Scratch part_memory;
     Scratch scratch;
     std::vector<Buffer> buffers;  // of all values; those in the arena stay as they are from run to run
   };
   struct Segment {  // native steps that run in one region, or one ATen step
     std::vector<std::unique_ptr<Step>> steps;
     std::unique_ptr<AtenStep> aten;
+    int64_t parts = 1;
     size_t shared_scratch_bytes = 0, thread_scratch_bytes = 0;
   };
 
   std::vector<at::Tensor> execute(const std::vector<at::Tensor>& inputs, std::vector<double>* seconds);
   std::unique_ptr<Arena> take_arena();
   void run_native(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const;
+  void run_parts(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const;
+  void locate_part(int64_t part, int64_t parts, const std::vector<Buffer>& whole, char* memory,
+                   std::vector<Buffer>& buffers) const;
   void run_aten(const AtenStep& step, std::vector<at::Tensor>& tensors, std::vector<Buffer>& buffers) const;
   at::Tensor tensor_of(int64_t value, const std::vector<at::Tensor>& tensors, const std::vector<Buffer>& buffers) const;
 
@@ -78,7 +88,7 @@ class Plan {
   std::vector<Value> values_;
   std::vector<int64_t> outside_;  // the values that are not in the arena
   std::vector<int64_t> outputs_;
-  int64_t arena_bytes_;
+  int64_t arena_bytes_, part_bytes_;
   std::vector<Segment> segments_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Arena>> idle_;

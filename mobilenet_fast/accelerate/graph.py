@@ -4,7 +4,8 @@ Operations: ``conv2d`` and ``linear`` (dense, pointwise, depthwise: one node wit
 ``batch_norm``, ``activation``, ``add``, ``mul``, ``add_scalar``, ``mul_scalar``, ``global_avg_pool``, ``pool2d``
 (maxima or means over windows), ``cat`` (of channels), ``pad``, ``expand``, ``reshape``, ``squeeze_excite`` (its
 result is the gate), ``gate`` (x times a gate), ``input``, ``aten`` for everything else, and ``result`` for one of
-several results of such a call. Shapes are concrete: a graph belongs to one input shape."""
+several results of such a call. Shapes are concrete: a graph belongs to one input shape. ``part`` and ``whole`` come
+with :func:`~mobilenet_fast.accelerate.batch.split_batch`."""
 
 from __future__ import annotations
 
@@ -26,6 +27,12 @@ class Node:
     dtype: torch.dtype
     attrs: dict[str, Any] = field(default_factory=dict)
     name: str = ""
+    parts: int = 1
+    """How often it runs for a whole batch, of which ``shape`` is a part then."""
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        return (self.shape[0] * self.parts, *self.shape[1:]) if self.parts > 1 else self.shape
 
     @property
     def activation(self) -> str:

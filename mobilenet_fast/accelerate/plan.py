@@ -14,9 +14,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .. import _C
+from .batch import split_batch
 from .blocks import fuse_blocks
 from .graph import Call, Constant, Graph, Node, Slot, Weights
-from .passes import is_affine, is_alias, is_dense, is_depthwise, is_pointwise, is_sum
+from .passes import has_kernel, is_affine, is_alias, is_dense, is_depthwise, is_pointwise, is_sum
 
 _ALIGNMENT = 64
 
@@ -151,12 +152,12 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 class _Value:
     """A tensor of the plan: what the engine's Value becomes."""
 
-    storage: str  # arena, input, output, aten or slice
+    storage: str  # arena, part, input, output, aten or slice
     shape: tuple[int, ...]
     itemsize: int = 4
     position: int = 0  # of an input or output; of a slice, the value that it is part of
     channel: int = 0  # of a slice, the first
-    offset: int = 0  # in the arena
+    offset: int = 0  # in the arena, or in the memory of a part
     any_strides: bool = False
     first: int = -1  # step that writes it first
     last: int = 0  # last step that reads it
@@ -165,6 +166,7 @@ class _Value:
 
 def build(graph: Graph, packed: PackedWeights, isa: str) -> Plan:
     fuse_blocks(graph, _C.l2_cache_bytes())
+    split_batch(graph, is_native, _C.l2_cache_bytes(), torch.get_num_threads())
     return _Builder(graph, packed, isa).build()
 
 
@@ -184,7 +186,12 @@ class _Builder:
         outputs = self.graph.output_nodes()
         averaged = {n.inputs[0] for n in self.graph.nodes if n.op in ("global_avg_pool", "squeeze_excite")}
         for position, node in enumerate(self.graph.inputs):
-            strided = all(self.reads_any_strides(user, node) for user in self.users[node])
+            strided = all(
+                self.reads_any_strides(reader, source)
+                for source in (node, *(user for user in self.users[node] if user.op == "part"))
+                for reader in self.users[source]
+                if reader.op != "part"
+            )
             self.define(node, "input", position=position, any_strides=strided)
         for node in self.graph.nodes:
             if node.op == "cat":
@@ -192,17 +199,21 @@ class _Builder:
                 continue
             if node in self.ids:
                 continue  # an input, or computed already as what it reshapes
-            if node in averaged and makes_sums(node):
-                n, c, h, _ = node.shape
-                self.sums[node] = self.new_value("arena", (n, h, c))
-            if is_alias(node) and self.values[self.ids[node.inputs[0]]].storage == "arena":
-                root = self.values[self.ids[node.inputs[0]]]
-                self.ids[node] = self.new_value("arena", node.shape, root=root.root or root)
+            if node.op in ("part", "whole"):
+                self.ids[node] = self.ids[node.inputs[0]]
                 continue
-            emit = self.native(node)
-            if emit is None:
+            if is_alias(node) and self.values[self.ids[node.inputs[0]]].storage in ("arena", "part"):
+                root = self.values[self.ids[node.inputs[0]]]
+                shape = node.shape if root.storage == "part" else node.whole_shape
+                self.ids[node] = self.new_value(root.storage, shape, root=root.root or root)
+                continue
+            if not is_native(node):
                 self.aten(node)
                 continue
+            if node in averaged and makes_sums(node):
+                n, c, h, _ = node.shape
+                self.sums[node] = self.new_value("part" if node.parts > 1 else "arena", (n, h, c))
+            emit = self.native(node)
             # What only a reshape reads is computed as that reshape.
             users = self.users[node]
             result = users[0] if node not in outputs and len(users) == 1 and is_alias(users[0]) else node
@@ -215,13 +226,14 @@ class _Builder:
             reads += [self.sums[source] for source in node.inputs[:1] if source in self.sums]
             self.step(node, _operation(node), "", reads, writes, emit)
         results = [self.result(output) for output in self.graph.outputs if isinstance(output, Node)]
-        arena_bytes = self.place()
+        self.widen_lifetimes()
+        arena_bytes, part_bytes = self.place("arena"), self.place("part")
         engine = _C.Plan(
             dtype=str(self.graph.dtype).removeprefix("torch."),
             values=[
                 (
                     v.storage,
-                    (v.root or v).offset if v.storage == "arena" else v.position,
+                    (v.root or v).offset if v.storage in ("arena", "part") else v.position,
                     v.shape,
                     v.any_strides,
                     v.channel,
@@ -230,13 +242,16 @@ class _Builder:
             ],
             outputs=results,
             arena_bytes=arena_bytes,
+            part_bytes=part_bytes,
         )
-        for emit in self.steps:
+        for emit, (node, *_) in zip(self.steps, self.rows, strict=True):
+            engine.parts = node.parts
             emit(engine)
         rows = tuple(
-            Row(node.name, operation, node.shape, kernel, fallback, _macs(node, self.graph.constants), size)
+            Row(node.name, operation, node.whole_shape, kernel, fallback, _macs(node, self.graph.constants), size)
             for (node, operation, fallback, size), kernel in zip(self.rows, engine.describe(), strict=True)
         )
+        parts = min(torch.get_num_threads(), max((node.parts for node, *_ in self.rows), default=1))
         graph_outputs = self.graph.outputs
         positions = [i for i, output in enumerate(graph_outputs) if isinstance(output, Node)]
         return Plan(
@@ -246,7 +261,7 @@ class _Builder:
             images=[i for i, position in enumerate(positions) if len(graph_outputs[position].shape) == 4],
             out_spec=self.graph.out_spec,
             weights=self.weights,
-            report=Report(rows, self.isa, arena_bytes),
+            report=Report(rows, self.isa, arena_bytes + parts * part_bytes),
         )
 
     # Values
@@ -256,13 +271,30 @@ class _Builder:
         return len(self.values) - 1
 
     def define(self, node: Node, storage: str, **fields: Any) -> int:
-        self.ids[node] = self.new_value(storage, node.shape, **fields)
+        shape = node.shape if storage == "part" else node.whole_shape
+        self.ids[node] = self.new_value(storage, shape, **fields)
         return self.ids[node]
 
     def storage(self, node: Node) -> str:
-        """Where a result of ours lies: what is returned, and in no other shape, in a tensor of its own."""
-        returned = node in self.graph.output_nodes() and not any(map(is_alias, self.users[node]))
-        return "output" if returned else "arena"
+        """Where a result of ours lies: what is returned, and in no other shape, in a tensor of its own; what is read
+        only within its part of the batch in the memory of that.
+        """
+        if node in self.graph.output_nodes() and not any(map(is_alias, self.readers(node))):
+            return "output"
+        return "part" if self.is_local(node) else "arena"
+
+    def readers(self, node: Node) -> list[Node]:
+        """Those of the whole batch among them."""
+        bridges = [user for user in self.users[node] if user.op in ("part", "whole")]
+        return [user for user in self.users[node] if user not in bridges] + [r for b in bridges for r in self.users[b]]
+
+    def is_local(self, node: Node) -> bool:
+        if node.parts == 1 or node in self.graph.output_nodes():
+            return False
+        return all(
+            user.op not in ("part", "whole") and (not is_alias(user) or self.is_local(user))
+            for user in self.users[node]
+        )
 
     def slice(self, node: Node, cat: Node) -> int:
         """The value of a node that is written straight into its place in a concatenation."""
@@ -296,7 +328,9 @@ class _Builder:
         for value in (self.values[i].root or self.values[i] for i in reads):
             value.last = index
         self.steps.append(emit)
-        size = sum(_bytes(self.values[i]) for i in {*reads, *writes}) + sum(t.nbytes for t in self.weights_of_step)
+        values = [self.values[i] for i in {*reads, *writes}]
+        size = sum(_bytes(v) * (node.parts if (v.root or v).storage == "part" else 1) for v in values)
+        size += sum(t.nbytes for t in self.weights_of_step)
         self.weights_of_step = []
         self.rows.append((node, operation, fallback, size))
 
@@ -306,7 +340,7 @@ class _Builder:
         if value.storage != "arena":
             return self.ids[output]
         # Memory of the arena leaves it as a copy.
-        copied = self.new_value("aten", output.shape)
+        copied = self.new_value("aten", output.whole_shape)
         source, target = self.ids[output], torch.ops.aten.clone.default
 
         def emit(engine: _C.Plan) -> None:
@@ -315,10 +349,23 @@ class _Builder:
         self.step(output, "copy", "an output that is also read in another shape", [source], [copied], emit)
         return copied
 
-    def place(self) -> int:
-        """Offsets in the arena: values that live at the same time do not overlap. Largest first, lowest fit."""
+    def widen_lifetimes(self) -> None:
+        """A run of steps goes over the parts of a batch in any order: all that it touches of the arena lives as long."""
+        begin = 0
+        while begin < len(self.rows):
+            end = begin + 1
+            while self.rows[begin][0].parts > 1 and end < len(self.rows) and self.rows[end][0].parts > 1:
+                end += 1
+            for value in self.values:
+                if value.storage == "arena" and value.root is None:
+                    value.first = begin if begin <= value.first < end else value.first
+                    value.last = end - 1 if begin <= value.last < end else value.last
+            begin = end
+
+    def place(self, storage: str) -> int:
+        """Offsets in the arena, or in the memory of a part: values that live at the same time do not overlap. Largest first, lowest fit."""
         placed: list[tuple[int, int, _Value]] = []
-        roots = [v for v in self.values if v.storage == "arena" and v.root is None]
+        roots = [v for v in self.values if v.storage == storage and v.root is None]
         size = {id(v): _bytes(v) for v in roots}
         for value in sorted(roots, key=lambda v: (-size[id(v)], v.first)):
             offset = 0
@@ -345,8 +392,8 @@ class _Builder:
         self.weights_of_step.append(packed)
         return packed
 
-    def native(self, node: Node) -> Callable[[_C.Plan], None] | None:
-        """A function that adds the node to the engine's plan; None where ATen has to run it."""
+    def native(self, node: Node) -> Callable[[_C.Plan], None]:
+        """A function that adds a native node to the engine's plan."""
         ids, isa, attrs = self.ids, self.isa, node.attrs
         x = node.inputs[0] if node.inputs else None
 
@@ -462,17 +509,15 @@ class _Builder:
                 x=ids[x],
                 y=ids[node],
             )
-        if is_sum(node):
-            elements = torch.Size(node.shape).numel()
-            return lambda engine: engine.add_add_act(
-                isa=isa,
-                elements=elements,
-                activation=node.activation,
-                a=ids[node.inputs[0]],
-                b=ids[node.inputs[1]],
-                y=ids[node],
-            )
-        return None
+        elements = torch.Size(node.shape).numel()
+        return lambda engine: engine.add_add_act(
+            isa=isa,
+            elements=elements,
+            activation=node.activation,
+            a=ids[node.inputs[0]],
+            b=ids[node.inputs[1]],
+            y=ids[node],
+        )
 
     def aten(self, node: Node) -> None:
         if node.op == "result":
@@ -499,6 +544,14 @@ class _Builder:
             engine.add_aten(call.target._schema.name, call.target._schema.overload_name, arguments, outputs)
 
         self.step(node, _operation(node), _why_aten(node), reads, [o for o in outputs if o >= 0], emit)
+
+
+_NATIVE = ("inverted_residual", "squeeze_excite", "global_avg_pool", "pool2d", "gate", "activation", "cat")
+
+
+def is_native(node: Node) -> bool:
+    """Whether a kernel of ours runs the node."""
+    return node.op in _NATIVE or has_kernel(node) or is_affine(node) or is_sum(node)
 
 
 def winograd_serves(node: Node) -> bool:
@@ -543,11 +596,11 @@ def _macs(node: Node, constants: dict[str, torch.Tensor]) -> int:
         return sum(constants[attrs[name].weight].numel() for name in names if attrs.get(name) is not None)
 
     if node.op in ("conv2d", "linear"):  # each weight meets every output pixel
-        return size("weights") * torch.Size(node.shape).numel() // max(1, node.shape[1 if node.op == "conv2d" else -1])
+        return size("weights") * torch.Size(node.whole_shape).numel() // max(1, node.shape[1 if node.op == "conv2d" else -1])
     if node.op == "squeeze_excite":
-        return size("weights1", "weights2") * node.shape[0]
+        return size("weights1", "weights2") * node.whole_shape[0]
     if node.op == "inverted_residual":
-        n, _, h, w = node.shape
+        n, _, h, w = node.whole_shape
         _, _, in_h, in_w = node.inputs[0].shape
         return n * (in_h * in_w * size("expand") + h * w * size("depthwise", "project"))
     return 0
