@@ -1,4 +1,4 @@
-"""Batches that run part by part: whatever is split, and over however many threads, the numbers are those of the whole."""
+"""Batches that run part by part: whatever is split, over however many threads, the numbers are those of the whole."""
 
 import copy
 

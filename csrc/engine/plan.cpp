@@ -173,33 +173,22 @@ void Plan::run_native(const Segment& segment, const std::vector<Buffer>& buffers
   });
 }
 
-// Each thread runs parts of its own, which needs no barriers and keeps a part in one core's cache. Where fewer parts
-// are left than there are threads, several threads share one.
 void Plan::run_parts(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const {
   const int threads = team_size();
   const int64_t most = std::min<int64_t>(threads, segment.parts);  // teams at once
   const size_t shared = whole_lines(segment.shared_scratch_bytes), thread = whole_lines(segment.thread_scratch_bytes);
-  const size_t part = static_cast<size_t>(round_up(part_bytes_, 4096));
+  const size_t part_bytes = static_cast<size_t>(round_up(part_bytes_, 4096));
   char* scratch = arena.scratch.at_least(shared * most + thread * threads + 64);
-  char* memory = arena.part_memory.at_least(part * most + 64);
+  char* memory = arena.part_memory.at_least(part_bytes * most + 64);
   std::vector<Barrier> barriers(most);
   run_team(threads, [&](const Team& all) {
     std::vector<Buffer> own(values_.size());
-    for (int64_t done = 0; done < segment.parts;) {
-      if (done > 0) all.sync();  // another team takes over the memory
-      const int64_t left = segment.parts - done;
-      const int64_t teams = all.size / ((all.size + left - 1) / left), each = left / teams;
-      const int64_t index = ((all.index + 1) * teams - 1) / all.size;  // whose share() has this thread
-      const Range members = share(all.size, teams, index);
-      const Team team{static_cast<int>(all.index - members.begin), static_cast<int>(members.size()), &barriers[index]};
-      const Work work{team, own.data(), scratch + shared * index, scratch + shared * most + thread * all.index};
-      for (int64_t i = 0; i < each; ++i) {
-        if (i > 0) team.sync();
-        locate_part(done + index * each + i, segment.parts, buffers, memory + part * index, own);
-        run_steps(work, segment.steps, index == 0 ? seconds : nullptr);
-      }
-      done += teams * each;
-    }
+    char* thread_scratch = scratch + shared * most + thread * all.index;
+    for_each_part(all, segment.parts, barriers.data(), [&](const Team& team, int64_t index, int64_t part) {
+      locate_part(part, segment.parts, buffers, memory + part_bytes * index, own);
+      run_steps({team, own.data(), scratch + shared * index, thread_scratch}, segment.steps,
+                index == 0 ? seconds : nullptr);
+    });
   });
 }
 

@@ -86,6 +86,27 @@ struct Team {
   }
 };
 
+// Calls body(team, index of the team, part) for each of `parts` pieces of work. Each thread takes pieces of its own,
+// which needs no barriers and keeps a piece in one core's cache; where fewer are left than there are threads, several
+// share one. Teams number at most min(threads, parts), each with one of `barriers`. Teams with the same index never
+// overlap.
+template <class Body>
+void for_each_part(const Team& all, int64_t parts, Barrier* barriers, const Body& body) {
+  for (int64_t done = 0; done < parts;) {
+    if (done > 0) all.sync();
+    const int64_t left = parts - done;
+    const int64_t teams = all.size / ((all.size + left - 1) / left), each = left / teams;
+    const int64_t index = ((all.index + 1) * teams - 1) / all.size;  // whose share() has this thread
+    const Range members = share(all.size, teams, index);
+    const Team team{static_cast<int>(all.index - members.begin), static_cast<int>(members.size()), &barriers[index]};
+    for (int64_t i = 0; i < each; ++i) {
+      if (i > 0) team.sync();
+      body(team, index, done + index * each + i);
+    }
+    done += teams * each;
+  }
+}
+
 // The threads a region started now would get: torch's setting, or one inside somebody else's region.
 inline int team_size() { return omp_in_parallel() ? 1 : std::max(1, at::get_num_threads()); }
 

@@ -5,30 +5,53 @@ namespace mobilenet_fast {
 namespace MF_ISA {
 namespace {
 
-// Four accumulators a vector of channels: they hide the latency of the additions and shorten the chains of roundings.
-template <class T, bool kTail>
-inline typename Vec<T>::Reg sum_column(const T* x, int64_t stride, int64_t rows, int n) {
+// Sums over rows of kVectors vectors side by side. Four accumulators a vector hide the latency of the additions and
+// shorten the chains of roundings; a vector's sum does not depend on how many are side by side.
+template <class T, int kVectors, bool kTail>
+inline void sum_columns(const T* x, int64_t stride, int64_t rows, int n, typename Vec<T>::Reg* sums) {
   using V = Vec<T>;
-  typename V::Reg acc[4] = {V::set1(0), V::set1(0), V::set1(0), V::set1(0)};
+  typename V::Reg acc[4][kVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = V::set1(0);
+  }
   int64_t row = 0;
   for (; row + 4 <= rows; row += 4, x += 4 * stride) {
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) acc[i] = V::add(acc[i], load<T, kTail>(x + i * stride, n));
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        acc[i][v] = V::add(acc[i][v], load<T, kTail>(x + i * stride + v * V::kLanes, n));
+      }
+    }
   }
-  for (; row < rows; ++row, x += stride) acc[0] = V::add(acc[0], load<T, kTail>(x, n));
-  return V::add(V::add(acc[0], acc[1]), V::add(acc[2], acc[3]));
+  for (; row < rows; ++row, x += stride) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) acc[0][v] = V::add(acc[0][v], load<T, kTail>(x + v * V::kLanes, n));
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) sums[v] = V::add(V::add(acc[0][v], acc[1][v]), V::add(acc[2][v], acc[3][v]));
 }
 
 template <class T>
 void sum_rows(const T* x, int64_t stride, int64_t rows, int64_t channels, T* sums) {
   using V = Vec<T>;
+  typename V::Reg columns[4];
   int64_t c = 0;
+  for (; c + 4 * V::kLanes <= channels; c += 4 * V::kLanes) {
+    sum_columns<T, 4, false>(x + c, stride, rows, V::kLanes, columns);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) V::store(sums + c + v * V::kLanes, columns[v]);
+  }
   for (; c + V::kLanes <= channels; c += V::kLanes) {
-    V::store(sums + c, sum_column<T, false>(x + c, stride, rows, V::kLanes));
+    sum_columns<T, 1, false>(x + c, stride, rows, V::kLanes, columns);
+    V::store(sums + c, columns[0]);
   }
   if (c < channels) {
     const int n = static_cast<int>(channels - c);
-    V::store_n(sums + c, sum_column<T, true>(x + c, stride, rows, n), n);
+    sum_columns<T, 1, true>(x + c, stride, rows, n, columns);
+    V::store_n(sums + c, columns[0], n);
   }
 }
 
@@ -36,10 +59,11 @@ template <class T>
 T sum_plane(const T* x, int64_t count) {
   using V = Vec<T>;
   const int64_t vectors = count / V::kLanes;
-  auto acc = sum_column<T, false>(x, V::kLanes, vectors, V::kLanes);
+  typename V::Reg sum;
+  sum_columns<T, 1, false>(x, V::kLanes, vectors, V::kLanes, &sum);
   const int n = static_cast<int>(count - vectors * V::kLanes);
-  if (n > 0) acc = V::add(acc, V::load_n(x + vectors * V::kLanes, n));
-  return V::sum(acc);
+  if (n > 0) sum = V::add(sum, V::load_n(x + vectors * V::kLanes, n));
+  return V::sum(sum);
 }
 
 // One output pixel, kVectors vectors of channels at once: the window's `rows` × `columns` taps that are inside the

@@ -145,6 +145,35 @@ class SqueezeExcitePlanes final : public Step {
   std::unique_ptr<Step> gate_;
 };
 
+// A step for one image, run for each of several: the second reading of an image's maps finds them in cache.
+class EachImage final : public Step {
+ public:
+  EachImage(std::unique_ptr<Step> step, int64_t images, std::vector<int64_t> image_bytes)
+      : step_(std::move(step)), images_(images), image_bytes_(std::move(image_bytes)), barriers_(teams()) {}
+
+  void run(const Work& work) const override {
+    std::vector<Buffer> own(image_bytes_.size());
+    const size_t scratch_bytes = step_->shared_scratch_bytes();
+    for_each_part(work.team, images_, barriers_.data(), [&](const Team& team, int64_t index, int64_t image) {
+      for (size_t i = 0; i < own.size(); ++i) {
+        own[i].data = static_cast<char*>(work.buffers[i].data) + image * image_bytes_[i];
+      }
+      step_->run({team, own.data(), work.shared_scratch + index * scratch_bytes, work.thread_scratch});
+    });
+  }
+
+  size_t shared_scratch_bytes() const override { return teams() * step_->shared_scratch_bytes(); }
+  std::string describe() const override { return "image by image, " + step_->describe(); }
+
+ private:
+  int64_t teams() const { return std::min<int64_t>(images_, team_size()); }
+
+  std::unique_ptr<Step> step_;
+  int64_t images_;
+  std::vector<int64_t> image_bytes_;  // of each buffer, all dense
+  mutable std::vector<Barrier> barriers_;
+};
+
 // Two steps one after another, in one region of threads.
 class Pair final : public Step {
  public:
@@ -206,28 +235,37 @@ at::Tensor squeeze_excite(const at::Tensor& input, const at::Tensor& weight1, co
   const bool planes = input.is_contiguous();
   const at::TensorOptions options = input.options().requires_grad(false);
   const at::Tensor result = planes ? at::empty(input.sizes(), options) : at::empty_like(input, options);
-  const ImageShape shape{input.size(0), input.size(2), input.size(3), c};
-  const at::Tensor gate = at::empty({shape.n, c}, options);
+  const at::Tensor x = planes ? input : as_channels_last(input);
+  Output y(result);
+  const at::Tensor y_dense = planes ? result : y.dense();
+  const ImageShape batch{input.size(0), input.size(2), input.size(3), c};
+  const at::Tensor gate = at::empty({batch.n, c}, options);
+  const at::Tensor sums = planes ? at::empty({batch.n, c}, options) : gate;
   const auto layer = [](const at::Tensor& weight, const OptionalTensor& bias, Activation activation) {
     const OptionalTensor dense_bias = bias.has_value() ? OptionalTensor(bias->contiguous()) : std::nullopt;
     return Layer{weight.contiguous(), dense_bias, activation, weight.size(1), weight.size(0), false};
   };
-  auto gate_step = make_squeeze_excite(chosen, shape, layer(weight1, bias1, squeeze_act),
-                                       layer(weight2, bias2, gate_act), planes ? -1 : 0, planes ? 3 : -1, 1, 2);
+  // Weights larger than an image are read for all images at once instead.
+  const bool by_image = batch.n > 1 && batch.pixels() >= 2 * s;
+  const ImageShape shape{by_image ? 1 : batch.n, batch.h, batch.w, c};
+  auto step = make_squeeze_excite(chosen, shape, layer(weight1, bias1, squeeze_act), layer(weight2, bias2, gate_act),
+                                  planes ? -1 : 0, planes ? 3 : -1, 1, 2);
   if (planes) {
-    const at::Tensor sums = at::empty({shape.n, c}, options);
-    dispatch(dtype, [&](auto zero) {
-      run_step(SqueezeExcitePlanes<decltype(zero)>(chosen, shape, std::move(gate_step)),
-               {buffer_of(input), buffer_of(result), buffer_of(gate), buffer_of(sums)});
+    step = dispatch(dtype, [&](auto zero) -> std::unique_ptr<Step> {
+      return std::make_unique<SqueezeExcitePlanes<decltype(zero)>>(chosen, shape, std::move(step));
     });
-    return result;
+  } else {
+    step = std::make_unique<Pair>(std::move(step),
+                                  make_scale_shift_act(chosen, dtype, shape, std::nullopt, 2, Activation::kNone, 0, 1));
   }
-  const at::Tensor x = as_channels_last(input);
-  Output y(result);
-  run_step(
-      Pair(std::move(gate_step), make_scale_shift_act(chosen, dtype, shape, std::nullopt, 2, Activation::kNone, 0, 1)),
-      {buffer_of(x), buffer_of(y.dense()), buffer_of(gate)});
-  return y.finish();
+  if (by_image) {
+    const int64_t map_bytes = batch.pixels() * c * static_cast<int64_t>(input.element_size());
+    const int64_t row_bytes = c * static_cast<int64_t>(input.element_size());
+    step = std::make_unique<EachImage>(std::move(step), batch.n,
+                                       std::vector<int64_t>{map_bytes, map_bytes, row_bytes, row_bytes});
+  }
+  run_step(*step, {buffer_of(x), buffer_of(y_dense), buffer_of(gate), buffer_of(sums)});
+  return planes ? result : y.finish();
 }
 
 }  // namespace mobilenet_fast

@@ -350,7 +350,7 @@ class _Builder:
         return copied
 
     def widen_lifetimes(self) -> None:
-        """A run of steps goes over the parts of a batch in any order: all that it touches of the arena lives as long."""
+        """A run of steps goes over the parts of a batch in any order: what it touches of the arena lives as long."""
         begin = 0
         while begin < len(self.rows):
             end = begin + 1
@@ -363,7 +363,9 @@ class _Builder:
             begin = end
 
     def place(self, storage: str) -> int:
-        """Offsets in the arena, or in the memory of a part: values that live at the same time do not overlap. Largest first, lowest fit."""
+        """Offsets in the arena, or in the memory of a part: values that live at the same time do not overlap. Largest
+        first, lowest fit.
+        """
         placed: list[tuple[int, int, _Value]] = []
         roots = [v for v in self.values if v.storage == storage and v.root is None]
         size = {id(v): _bytes(v) for v in roots}
@@ -596,7 +598,8 @@ def _macs(node: Node, constants: dict[str, torch.Tensor]) -> int:
         return sum(constants[attrs[name].weight].numel() for name in names if attrs.get(name) is not None)
 
     if node.op in ("conv2d", "linear"):  # each weight meets every output pixel
-        return size("weights") * torch.Size(node.whole_shape).numel() // max(1, node.shape[1 if node.op == "conv2d" else -1])
+        pixels = torch.Size(node.whole_shape).numel() // max(1, node.shape[1 if node.op == "conv2d" else -1])
+        return size("weights") * pixels
     if node.op == "squeeze_excite":
         return size("weights1", "weights2") * node.whole_shape[0]
     if node.op == "inverted_residual":
