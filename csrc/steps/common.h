@@ -101,6 +101,27 @@ at::Tensor pack_depthwise_conv2d(const at::Tensor& weight, const OptionalTensor&
 at::Tensor fold_batch_norm(const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
                            const OptionalTensor& bias, double eps, Isa isa);
 
+// out = activation(a · packed): `a` dense (rows, channels), `out` dense (rows, columns), all panels.
+template <class T>
+GemmArgs<T> product(const Kernels<T>& kernels, const T* a, int64_t rows, int64_t channels, const at::Tensor& packed,
+                    int64_t columns, Activation activation, T* out) {
+  static constexpr int64_t kNoOffset = 0;
+  const int64_t vectors = (columns + kernels.lanes - 1) / kernels.lanes;
+  GemmArgs<T> args{};
+  args.a = a;
+  args.a_stride = args.chunk_length = channels;
+  args.rows = args.rows_per_block = rows;
+  args.chunk_offset = &kNoOffset;
+  args.chunks = 1;
+  args.bias = packed.const_data_ptr<T>();
+  args.weight = args.bias + vectors * kernels.lanes;
+  args.columns = args.out_stride = args.residual_stride = columns;
+  args.panel_end = panel_count(vectors, kernels.panel_vectors);
+  args.out = out;
+  args.activation = activation;
+  return args;
+}
+
 struct Window {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
 };

@@ -88,20 +88,8 @@ class InvertedResidual final : public Step {
   void multiply(const at::Tensor& packed, Activation activation, const T* x, int64_t channels, int64_t columns,
                 int64_t rows, const T* residual, T* y) const {
     if (rows == 0) return;
-    const int64_t vectors = (columns + kernels_.lanes - 1) / kernels_.lanes, offset = 0;
-    GemmArgs<T> args{};
-    args.a = x;
-    args.a_stride = args.chunk_length = channels;
-    args.rows = args.rows_per_block = rows;
-    args.chunk_offset = &offset;
-    args.chunks = 1;
-    args.bias = packed.const_data_ptr<T>();
-    args.weight = args.bias + vectors * kernels_.lanes;
-    args.columns = args.out_stride = args.residual_stride = columns;
-    args.panel_end = panel_count(vectors, kernels_.panel_vectors);
+    GemmArgs<T> args = product(kernels_, x, rows, channels, packed, columns, activation, y);
     args.residual = residual;
-    args.out = y;
-    args.activation = activation;
     kernels_.gemm(args);
   }
 

@@ -19,8 +19,7 @@ class PointwiseConv2d final : public Step {
         y_(y),
         gate_(gate),
         residual_(residual) {
-    vectors_ = (columns_ + kernels_.lanes - 1) / kernels_.lanes;
-    panels_ = panel_count(vectors_, kernels_.panel_vectors);
+    panels_ = panel_count((columns_ + kernels_.lanes - 1) / kernels_.lanes, kernels_.panel_vectors);
     const int64_t row_bytes = static_cast<int64_t>(sizeof(T)) * (shape_.c + columns_);
     // Inputs and outputs of the rows that pass all panels together take a quarter of the L2 cache, beside the panels.
     rows_per_block_ = std::max<int64_t>(kernels_.panel_rows, l2_cache_bytes() / 4 / row_bytes);
@@ -61,29 +60,18 @@ class PointwiseConv2d final : public Step {
  private:
   void multiply(const Work& work, Range row_range, Range panel_range) const {
     if (row_range.size() == 0) return;
-    const int64_t offset = 0;
-    GemmArgs<T> args{};
-    args.a_stride = shape_.c;
-    args.chunk_offset = &offset;
-    args.chunks = 1;
-    args.chunk_length = shape_.c;
-    args.bias = packed_.const_data_ptr<T>();
-    args.weight = args.bias + vectors_ * kernels_.lanes;
-    args.columns = columns_;
-    args.panel_begin = panel_range.begin;
-    args.panel_end = panel_range.end;
-    args.residual_stride = columns_;
-    args.out_stride = pixel_stride(work.buffers[y_], columns_);
-    args.activation = activation_;
-    args.rows_per_block = rows_per_block_;
     const T* x = work.buffer<T>(x_);
     const T* residual = work.buffer<T>(residual_);
     T* y = work.buffer<T>(y_);
+    GemmArgs<T> args = product(kernels_, x, row_range.size(), shape_.c, packed_, columns_, activation_, y);
+    args.panel_begin = panel_range.begin;
+    args.panel_end = panel_range.end;
+    args.out_stride = pixel_stride(work.buffers[y_], columns_);
+    args.rows_per_block = rows_per_block_;
     if (gate_ < 0) {
       args.a = x + row_range.begin * shape_.c;
       args.residual = residual == nullptr ? nullptr : residual + row_range.begin * columns_;
       args.out = y + row_range.begin * args.out_stride;
-      args.rows = row_range.size();
       kernels_.gemm(args);
       return;
     }
@@ -109,7 +97,7 @@ class PointwiseConv2d final : public Step {
 
   const Kernels<T>& kernels_;
   ImageShape shape_;
-  int64_t columns_, vectors_, panels_, rows_per_block_;
+  int64_t columns_, panels_, rows_per_block_;
   at::Tensor packed_;
   Activation activation_;
   int x_, y_, gate_, residual_;

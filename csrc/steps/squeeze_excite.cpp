@@ -31,21 +31,10 @@ template <class T>
 void run_layer(const Kernels<T>& kernels, const Team& team, const T* x, int64_t images, const Layer& layer, T* y) {
   const int64_t out_channels = layer.out_channels, channels = layer.channels;
   if (layer.packed) {
-    const int64_t vectors = (out_channels + kernels.lanes - 1) / kernels.lanes, offset = 0;
-    const Range panels = team.share(panel_count(vectors, kernels.panel_vectors));
-    GemmArgs<T> args{};
-    args.a = x;
-    args.a_stride = args.chunk_length = channels;
-    args.rows = args.rows_per_block = images;
-    args.chunk_offset = &offset;
-    args.chunks = 1;
-    args.bias = layer.weight.const_data_ptr<T>();
-    args.weight = args.bias + vectors * kernels.lanes;
-    args.columns = args.out_stride = out_channels;
+    GemmArgs<T> args = product(kernels, x, images, channels, layer.weight, out_channels, layer.activation, y);
+    const Range panels = team.share(args.panel_end);
     args.panel_begin = panels.begin;
     args.panel_end = panels.end;
-    args.out = y;
-    args.activation = layer.activation;
     if (images > 0) kernels.gemm(args);
     return;
   }
