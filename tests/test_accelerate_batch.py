@@ -125,3 +125,39 @@ def test_profile_of_parts(threads, count):
     profile = fast.profile(image(3, 64, 64), runs=2)
     assert all(second > 0 for second in profile.seconds)
     assert profile.rows[0].shape[0] == 3 and profile.rows[0].macs == 3 * 27 * 32 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    "forward, shape",
+    [
+        (lambda x: torch.cat([x, x.flip(1)], 1), (6, 8, 5, 5)),
+        (torch.relu, (4, 3, 0, 5)),
+        (lambda x: torch.cat([x, x], 1), (4, 0, 3, 5)),
+    ],
+    ids=["only a concatenation", "no pixels", "no channels"],
+)
+def test_batches_with_nothing_to_split(forward, shape):
+    class Model(nn.Module):
+        def forward(self, x):
+            return forward(x)
+
+    x = torch.randn(shape)
+    with torch.no_grad():
+        assert torch.equal(accelerate(Model().eval())(x), forward(x))
+
+
+def test_bytes_are_those_of_the_whole_batch(monkeypatch):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(8, 16, 1)
+
+        def forward(self, x):
+            return torch.cat([self.left(x), self.right(x)], 1)
+
+    sizes = []
+    for cache in (0, 1 << 30):
+        monkeypatch.setattr(_C, "l2_cache_bytes", lambda cache=cache: cache)
+        report = accelerate(Model().eval(), torch.randn(8, 8, 16, 16)).explain()
+        sizes.append([row.bytes for row in report.rows if "conv" in row.operation])
+    assert sizes[0] == sizes[1]

@@ -142,7 +142,7 @@ class EachImage final : public Step {
 
   void run(const Work& work) const override {
     std::vector<Buffer> own(image_bytes_.size());
-    const size_t scratch_bytes = step_->shared_scratch_bytes();
+    const size_t scratch_bytes = team_scratch_bytes();
     for_each_part(work.team, images_, barriers_.data(), [&](const Team& team, int64_t index, int64_t image) {
       for (size_t i = 0; i < own.size(); ++i) {
         own[i].data = static_cast<char*>(work.buffers[i].data) + image * image_bytes_[i];
@@ -151,10 +151,12 @@ class EachImage final : public Step {
     });
   }
 
-  size_t shared_scratch_bytes() const override { return teams() * step_->shared_scratch_bytes(); }
+  size_t shared_scratch_bytes() const override { return teams() * team_scratch_bytes(); }
+  size_t thread_scratch_bytes() const override { return step_->thread_scratch_bytes(); }
   std::string describe() const override { return "image by image, " + step_->describe(); }
 
  private:
+  size_t team_scratch_bytes() const { return round_up(static_cast<int64_t>(step_->shared_scratch_bytes()), 64); }
   int64_t teams() const { return std::min<int64_t>(images_, team_size()); }
 
   std::unique_ptr<Step> step_;
@@ -225,8 +227,8 @@ at::Tensor squeeze_excite(const at::Tensor& input, const at::Tensor& weight1, co
   const at::TensorOptions options = input.options().requires_grad(false);
   const at::Tensor result = planes ? at::empty(input.sizes(), options) : at::empty_like(input, options);
   const at::Tensor x = planes ? input : as_channels_last(input);
-  Output y(result);
-  const at::Tensor y_dense = planes ? result : y.dense();
+  std::optional<Output> y;
+  if (!planes) y.emplace(result);
   const ImageShape batch{input.size(0), input.size(2), input.size(3), c};
   const at::Tensor gate = at::empty({batch.n, c}, options);
   const at::Tensor sums = planes ? at::empty({batch.n, c}, options) : gate;
@@ -253,8 +255,8 @@ at::Tensor squeeze_excite(const at::Tensor& input, const at::Tensor& weight1, co
     step = std::make_unique<EachImage>(std::move(step), batch.n,
                                        std::vector<int64_t>{map_bytes, map_bytes, row_bytes, row_bytes});
   }
-  run_step(*step, {buffer_of(x), buffer_of(y_dense), buffer_of(gate), buffer_of(sums)});
-  return planes ? result : y.finish();
+  run_step(*step, {buffer_of(x), buffer_of(planes ? result : y->dense()), buffer_of(gate), buffer_of(sums)});
+  return planes ? result : y->finish();
 }
 
 }  // namespace mobilenet_fast

@@ -40,7 +40,8 @@ def split_batch(graph: Graph, is_native: Callable[[Node], bool], cache_bytes: in
         return max(map(_rows, tensors)) // n
 
     steps = {node for node in graph.nodes if splits(node)}
-    most = min(cache_bytes // max(map(image_bytes, steps), default=1), n // threads)
+    largest = max(map(image_bytes, steps), default=0)
+    most = min(cache_bytes // max(1, largest), n // threads)
     size = max(d for d in range(1, max(1, most) + 1) if n % d == 0)
     last = max((i for i, node in enumerate(graph.nodes) if node in steps and rows(node) * size >= _ROWS), default=-1)
     if size == n or last < 0:

@@ -329,7 +329,7 @@ class _Builder:
             value.last = index
         self.steps.append(emit)
         values = [self.values[i] for i in {*reads, *writes}]
-        size = sum(_bytes(v) * (node.parts if (v.root or v).storage == "part" else 1) for v in values)
+        size = sum(_bytes(v) * (node.parts if v.storage in ("part", "slice") else 1) for v in values)
         size += sum(t.nbytes for t in self.weights_of_step)
         self.weights_of_step = []
         self.rows.append((node, operation, fallback, size))
