@@ -86,7 +86,7 @@ class Plan {
 
   at::ScalarType dtype_;
   std::vector<Value> values_;
-  std::vector<int64_t> outside_;  // the values that are not in the arena
+  std::vector<int64_t> outside_;  // the values in neither the arena nor the memory of a part
   std::vector<int64_t> outputs_;
   int64_t arena_bytes_, part_bytes_;
   std::vector<Segment> segments_;

@@ -2,8 +2,6 @@
 // activation is chosen once a call and not once a vector.
 #pragma once
 
-#include <type_traits>
-
 namespace mobilenet_fast {
 namespace MF_ISA {
 namespace {
@@ -39,22 +37,28 @@ void scale_shift_act_narrow(const ScaleShiftArgs<T>& s) {
   }
 }
 
+template <class T, Activation kActivation, bool kShift, bool kTail>
+inline void scale_shift_act_vector(const T* x, const T* scale, const T* shift, T* y, int64_t c, int n) {
+  using V = Vec<T>;
+  const auto factor = scale == nullptr ? V::set1(1) : load<T, kTail>(scale + c, n);
+  const auto term = kShift ? load<T, kTail>(shift + c, n) : V::set1(static_cast<T>(-0.0));
+  store<T, kTail>(y + c, activate<T>(kActivation, V::fma(load<T, kTail>(x + c, n), factor, term)), n);
+}
+
 template <class T, Activation kActivation, bool kShift>
 void scale_shift_act_wide(const ScaleShiftArgs<T>& s) {
-  using V = Vec<T>;
+  constexpr int kLanes = Vec<T>::kLanes;
   const T *x = s.x, *scale = s.scale, *shift = s.shift;
   T* y = s.y;
   const int64_t rows = s.rows, channels = s.channels, x_stride = s.x_stride, y_stride = s.y_stride;
-  const auto vector = [&](int64_t c, auto tail, int n) {
-    constexpr bool kTail = decltype(tail)::value;
-    const auto factor = scale == nullptr ? V::set1(1) : load<T, kTail>(scale + c, n);
-    const auto term = kShift ? load<T, kTail>(shift + c, n) : V::set1(static_cast<T>(-0.0));
-    store<T, kTail>(y + c, activate<T>(kActivation, V::fma(load<T, kTail>(x + c, n), factor, term)), n);
-  };
   for (int64_t row = 0; row < rows; ++row, x += x_stride, y += y_stride) {
     int64_t c = 0;
-    for (; c + V::kLanes <= channels; c += V::kLanes) vector(c, std::false_type(), V::kLanes);
-    if (c < channels) vector(c, std::true_type(), static_cast<int>(channels - c));
+    for (; c + kLanes <= channels; c += kLanes) {
+      scale_shift_act_vector<T, kActivation, kShift, false>(x, scale, shift, y, c, kLanes);
+    }
+    if (c < channels) {
+      scale_shift_act_vector<T, kActivation, kShift, true>(x, scale, shift, y, c, static_cast<int>(channels - c));
+    }
   }
 }
 

@@ -226,7 +226,7 @@ at::Tensor squeeze_excite(const at::Tensor& input, const at::Tensor& weight1, co
   const bool planes = input.is_contiguous();
   const at::TensorOptions options = input.options().requires_grad(false);
   const at::Tensor result = planes ? at::empty(input.sizes(), options) : at::empty_like(input, options);
-  const at::Tensor x = planes ? input : as_channels_last(input);
+  const at::Tensor x = planes ? input.resolve_neg() : as_channels_last(input);
   std::optional<Output> y;
   if (!planes) y.emplace(result);
   const ImageShape batch{input.size(0), input.size(2), input.size(3), c};

@@ -21,7 +21,8 @@ def split_batch(graph: Graph, is_native: Callable[[Node], bool], cache_bytes: in
     product has enough rows in a part: a classifier reads its weights once for the whole batch. Where a node reads what
     is computed part by part elsewhere, or the reverse, a node ``whole`` or ``part`` stands between, the same memory.
     """
-    n = next((node.shape[0] for node in graph.inputs if node.shape), 1)
+    sizes = [node.shape[0] for node in graph.inputs if len(node.shape) > 1] or [1]
+    n = max(sizes, key=sizes.count)
     if n < 2:
         return
 

@@ -72,6 +72,7 @@ class Row:
     operation: str
     shape: tuple[int, ...]
     kernel: str
+    """After "8 ×": what runs for each of eight parts of the batch."""
     fallback: str
     """Why no kernel of ours runs it; empty where one does."""
     macs: int
@@ -86,7 +87,15 @@ class Report:
 
     rows: tuple[Row, ...]
     isa: str
-    arena_bytes: int
+    whole_bytes: int
+    part_bytes: int
+    parts: int
+    """``whole_bytes`` of the arena are one for all threads, ``part_bytes`` one for each of the ``parts`` under way."""
+
+    @property
+    def arena_bytes(self) -> int:
+        """Memory between the layers, on torch's current number of threads."""
+        return self.whole_bytes + min(torch.get_num_threads(), self.parts) * self.part_bytes
 
     @property
     def fallbacks(self) -> tuple[Row, ...]:
@@ -251,7 +260,7 @@ class _Builder:
             Row(node.name, operation, node.whole_shape, kernel, fallback, _macs(node, self.graph.constants), size)
             for (node, operation, fallback, size), kernel in zip(self.rows, engine.describe(), strict=True)
         )
-        parts = min(torch.get_num_threads(), max((node.parts for node, *_ in self.rows), default=1))
+        parts = max((node.parts for node, *_ in self.rows), default=1)
         graph_outputs = self.graph.outputs
         positions = [i for i, output in enumerate(graph_outputs) if isinstance(output, Node)]
         return Plan(
@@ -261,7 +270,7 @@ class _Builder:
             images=[i for i, position in enumerate(positions) if len(graph_outputs[position].shape) == 4],
             out_spec=self.graph.out_spec,
             weights=self.weights,
-            report=Report(rows, self.isa, arena_bytes + parts * part_bytes),
+            report=Report(rows, self.isa, arena_bytes, part_bytes, parts),
         )
 
     # Values
