@@ -36,6 +36,13 @@ def selected(names, wanted, what):
     return chosen
 
 
+def duration(text):
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0 seconds, got {text}")
+    return value
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser("benchmarks", description="Times this package against others on the CPU.")
     parser.add_argument("suite", nargs="?", default="models", choices=SUITES)
@@ -46,8 +53,10 @@ def parse(arguments):
     counts = sorted({1, len(os.sched_getaffinity(0))})
     parser.add_argument("--threads", nargs="+", type=thread_count, default=counts, help="default: 1 and all")
     parser.add_argument("--batch", nargs="+", type=positive, default=[1])
-    parser.add_argument("--rounds", type=int, default=15, help="how many times each peer has its turn (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="length of a turn (%(default)s)")
+    parser.add_argument(
+        "--rounds", type=positive, default=15, help="how many times each peer has its turn (%(default)s)"
+    )
+    parser.add_argument("--seconds", type=duration, default=0.2, help="length of a turn (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for JSON, CSV, PNG")
     parser.add_argument("--skip-tests", action="store_true", help="measure without running the kernels' tests first")
     parser.add_argument("--list", action="store_true", help="list cases and peers")

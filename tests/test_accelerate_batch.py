@@ -13,7 +13,7 @@ from mobilenet_fast.accelerate import plan
 
 
 class Net(nn.Module):
-    """Has every kind of step, concatenations, a branch that waits, operations of the whole batch after runs of others,
+    """Every kind of step, concatenations, a branch that waits, operations of the whole batch after runs of others,
     and outputs of runs and of the classifier."""
 
     def __init__(self, whole: bool, channels: int = 16):

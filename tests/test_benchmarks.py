@@ -213,7 +213,7 @@ def test_the_demo_is_listed_without_being_run(capsys):
     assert capsys.readouterr().out.startswith("cases:\n  efficientnet_lite0\n")
 
 
-@pytest.mark.parametrize("option", ["--threads", "--batch"])
+@pytest.mark.parametrize("option", ["--threads", "--batch", "--rounds", "--seconds"])
 def test_counts_are_positive(option, capsys):
     with pytest.raises(SystemExit):
         main(["operators", option, "0"])

@@ -147,3 +147,10 @@ def test_gradients(case):
         lambda *a: functional.squeeze_excite(*a[:5], squeeze_activation=a[5], gate_activation=a[6], backend="cpp"),
         arguments(**case),
     )
+
+
+def test_lazily_negated_input(isa):
+    x, *others = arguments(9, 4)
+    negated = torch._neg_view(x)
+    assert negated.is_neg()
+    assert torch.equal(_C.squeeze_excite(negated, *others, isa=isa), _C.squeeze_excite(-x, *others, isa=isa))
