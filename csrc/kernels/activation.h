@@ -1,55 +1,72 @@
 // The activations of the family, on vectors. Comparisons keep NaN as torch does (see the contract of max and min).
 //
-// exp(x): x = n ln 2 + r with |r| <= ln 2 / 2, then a polynomial for exp(r), times 2^n. For float it is the one of
-// degree 5 whose largest relative error is smallest, 7.5e-8; for double the Taylor polynomial of degree 13, 5e-18.
-// Largest error of silu and sigmoid measured against float64: 2e-7 of the value (3 units in the last place) and 2 units
-// for double. Overflow gives Inf, NaN stays NaN; what is less than the normal numbers, and lost in 1 + exp, need not be
-// right.
+// Those with an exp divide by 1 + exp(-x). -x = k ln 2 / 2^b - r with |r| <= ln 2 / 2^(b + 1): 2^(k / 2^b) comes from a
+// table of 2^b entries where they fit into registers (Vec::exp2), exp(-r) is a polynomial. For float it is the one of
+// its degree whose largest relative error is smallest, 2e-8 to 7.5e-8; for double the Taylor polynomial of degree 13,
+// 5e-18. Largest error of silu and sigmoid measured against float64: 5e-7 of the value (4 units in the last place) and
+// 2 units for double. From about x = -88.3 and -709.4 on the sum is Inf; NaN stays NaN; what is less than the normal
+// numbers, and lost in the sum, need not be right.
 #pragma once
 
 namespace mobilenet_fast {
 namespace MF_ISA {
 namespace {
 
-template <class T>
+template <class T, int kTableBits>
 struct ExpConstants;
 
-template <>
-struct ExpConstants<float> {
-  static constexpr float kLowest = -87.3f, kHighest = 89.0f;  // past these 1 + exp is 1 and Inf
-  // Where n ln 2 is not rounded before the sum, ln 2 in one part leaves an error of 2e-9 n, two units at n = 128.
+struct FloatExpConstants {
+  // At the least x, exp(-x) is 2^128 and so Inf; past the largest, 2^k would not be a normal number.
+  static constexpr float kLeast = -128 * 0.693147182f, kLargest = 87.3f;
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: added to k, it leaves k in the low bits
+  // Where k ln 2 is not rounded before the sum, ln 2 in one part leaves an error of 2e-9 k, two units at k = 128.
   static constexpr bool kOnePart = true;
   static constexpr float kLn2 = 0.693147182f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  static constexpr int kDegree = 5;
-  static constexpr float kPolynomial[] = {1.00000012f, 0.9999997f,   0.49998894f,
-                                          0.16667575f, 0.041915383f, 0.0082976548f};
+};
+template <>
+struct ExpConstants<float, 0> : FloatExpConstants {
+  static constexpr float kPolynomial[] = {1.00000012f,   -0.999999702f, 0.499988943f,
+                                          -0.166675746f, 0.0419153832f, -0.00829765573f};
+};
+template <>
+struct ExpConstants<float, 3> : FloatExpConstants {
+  static constexpr float kPolynomial[] = {1.0f, -1.0f, 0.500078201f, -0.166651025f};
+};
+template <>
+struct ExpConstants<float, 5> : FloatExpConstants {
+  static constexpr float kPolynomial[] = {1.0f, -1.00001466f, 0.499996334f};
 };
 
 template <>
-struct ExpConstants<double> {
-  static constexpr double kLowest = -708.3, kHighest = 710.0;
+struct ExpConstants<double, 0> {
+  static constexpr double kLeast = -1024 * 0.69314718055994530942, kLargest = 708.3;
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr bool kOnePart = false;
   static constexpr double kLn2 = 0.69314718055994530942;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
-  static constexpr int kDegree = 13;
   static constexpr double kPolynomial[] = {
-      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
-      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+      1.0,         -1.0,        1.0 / 2,       -1.0 / 6,      1.0 / 24,        -1.0 / 120,      1.0 / 720,
+      -1.0 / 5040, 1.0 / 40320, -1.0 / 362880, 1.0 / 3628800, -1.0 / 39916800, 1.0 / 479001600, -1.0 / 6227020800};
 };
 
+// 1 + exp(-x).
 template <class T>
-inline typename Vec<T>::Reg exp(typename Vec<T>::Reg x) {
+inline typename Vec<T>::Reg sigmoid_denominator(typename Vec<T>::Reg x) {
   using V = Vec<T>;
-  using C = ExpConstants<T>;
-  x = V::min(V::set1(C::kHighest), V::max(V::set1(C::kLowest), x));
-  const auto n = V::round(V::mul(x, V::set1(static_cast<T>(1.44269504088896340736))));
+  using C = ExpConstants<T, V::kExp2Bits>;
+  constexpr T kSteps = 1 << V::kExp2Bits;
+  const auto magic = V::set1(C::kMagic);
+  x = V::min(V::set1(C::kLargest), V::max(V::set1(C::kLeast), x));
+  const auto k = V::fma(x, V::set1(static_cast<T>(-1.44269504088896340736) * kSteps), magic);
+  const auto n = V::sub(k, magic);
   constexpr bool kOnePart = C::kOnePart && V::kFmaIsFused;
-  auto r = V::fma(n, V::set1(kOnePart ? -C::kLn2 : -C::kLn2High), x);
-  if constexpr (!kOnePart) r = V::fma(n, V::set1(-C::kLn2Low), r);
-  auto p = V::set1(C::kPolynomial[C::kDegree]);
+  auto r = V::fma(n, V::set1((kOnePart ? C::kLn2 : C::kLn2High) / kSteps), x);
+  if constexpr (!kOnePart) r = V::fma(n, V::set1(C::kLn2Low / kSteps), r);
+  constexpr int kDegree = sizeof(C::kPolynomial) / sizeof(T) - 1;
+  auto p = V::set1(C::kPolynomial[kDegree]);
 #pragma GCC unroll 16
-  for (int i = C::kDegree - 1; i >= 0; --i) p = V::fma(p, r, V::set1(C::kPolynomial[i]));
-  return V::scale2(p, n);
+  for (int i = kDegree - 1; i >= 0; --i) p = V::fma(p, r, V::set1(C::kPolynomial[i]));
+  return V::fma(V::exp2(k), p, V::set1(1));
 }
 
 template <class T>
@@ -86,8 +103,7 @@ template <class T>
 inline typename Vec<T>::Reg activate(Activation activation, typename Vec<T>::Reg x) {
   using V = Vec<T>;
   if (is_cheap(activation)) return activate_cheap<T>(activation, x);
-  const auto sigmoid_denominator = V::add(V::set1(1), exp<T>(V::sub(V::set1(0), x)));
-  return V::div(activation == Activation::kSilu ? x : V::set1(1), sigmoid_denominator);
+  return V::div(activation == Activation::kSilu ? x : V::set1(1), sigmoid_denominator<T>(x));
 }
 
 template <class T, Activation kActivation, int kRows, int kColumns>

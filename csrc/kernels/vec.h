@@ -8,9 +8,10 @@
 //   fma(a, b, c)       a * b + c, rounded once where kFmaIsFused.
 //   max(a, b), min     return b when either operand is NaN, so a NaN passes through when it is the second operand.
 //   max_nan(a, b)      NaN when either operand is.
-//   round              to the nearest integer, ties to even.
-//   scale2(x, n)       x * 2^n for integral n from -126 to 128 (float) or -1022 to 1024 (double), with overflow to Inf;
-//                      0 will do at the least n.
+//   exp2(k)            2^(k / 2^kExp2Bits) for the integer that the low bits of k's representation hold, where the
+//                      result is a normal number, or Inf for 128 (float) or 1024 (double) exactly. NaN gives any
+//                      number. kExp2Table has 2^(j / 2^kExp2Bits) for j = 0, 1, … as the bits of a float, less j in the
+//                      place where the low bits of k are added.
 // kMaskIsFree says that load_n and store_n cost no more than load and store.
 //
 // HalfOf<T> is a vector of half the lanes, with the functions that a matrix product needs, where such vectors cost
@@ -64,8 +65,18 @@ struct Vec<float> {
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg max_nan(Reg a, Reg b) { return _mm512_mask_mov_ps(max(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
-  static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Reg scale2(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
+  static constexpr int kExp2Bits = 5;
+  static constexpr uint32_t kExp2Table[32] = {
+      0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+      0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+      0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+      0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+  static Reg exp2(Reg k) {
+    const __m512i bits = _mm512_castps_si512(k);
+    const __m512i low = _mm512_loadu_si512(kExp2Table), high = _mm512_loadu_si512(kExp2Table + 16);
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_permutex2var_epi32(low, bits, high), _mm512_slli_epi32(bits, 18)));
+  }
   static float sum(Reg a) { return _mm512_reduce_add_ps(a); }
 };
 
@@ -109,8 +120,11 @@ struct Vec<double> {
   static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
   static Reg max_nan(Reg a, Reg b) { return _mm512_mask_mov_pd(max(a, b), _mm512_cmp_pd_mask(a, a, _CMP_UNORD_Q), a); }
   static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
-  static Reg round(Reg a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Reg scale2(Reg a, Reg n) { return _mm512_scalef_pd(a, n); }
+  static constexpr int kExp2Bits = 0;
+  static Reg exp2(Reg k) {
+    const __m512i exponent = _mm512_slli_epi64(_mm512_castpd_si512(k), 52);
+    return _mm512_castsi512_pd(_mm512_add_epi64(_mm512_castpd_si512(set1(1)), exponent));
+  }
   static double sum(Reg a) { return _mm512_reduce_add_pd(a); }
 };
 
@@ -140,11 +154,13 @@ struct Vec<float> {
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static Reg max_nan(Reg a, Reg b) { return _mm256_blendv_ps(max(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
-  static Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Reg scale2(Reg a, Reg n) {  // by 2^(n - 1), made of its exponent, and twice that: 2^128 has no exponent
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(126));
-    const Reg half = mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
-    return add(half, half);
+  static constexpr int kExp2Bits = 3;
+  static constexpr uint32_t kExp2Table[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                             0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+  static Reg exp2(Reg k) {
+    const __m256i bits = _mm256_castps_si256(k);
+    const __m256i table = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kExp2Table));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(table, bits), _mm256_slli_epi32(bits, 20)));
   }
   static float sum(Reg a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -175,11 +191,10 @@ struct Vec<double> {
   static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
   static Reg max_nan(Reg a, Reg b) { return _mm256_blendv_pd(max(a, b), a, _mm256_cmp_pd(a, a, _CMP_UNORD_Q)); }
   static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
-  static Reg round(Reg a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Reg scale2(Reg a, Reg n) {
-    const __m256i exponent = _mm256_cvtepi32_epi64(_mm_add_epi32(_mm256_cvtpd_epi32(n), _mm_set1_epi32(1022)));
-    const Reg half = mul(a, _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52)));
-    return add(half, half);
+  static constexpr int kExp2Bits = 0;
+  static Reg exp2(Reg k) {
+    const __m256i exponent = _mm256_slli_epi64(_mm256_castpd_si256(k), 52);
+    return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(set1(1)), exponent));
   }
   static double sum(Reg a) {
     const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
@@ -217,11 +232,10 @@ struct Vec<float> {
   static Reg max(Reg a, Reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static Reg max_nan(Reg a, Reg b) { return vmaxq_f32(a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
-  static Reg round(Reg a) { return vrndnq_f32(a); }
-  static Reg scale2(Reg a, Reg n) {  // see AVX2
-    const int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(126));
-    const Reg half = mul(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
-    return add(half, half);
+  static constexpr int kExp2Bits = 0;
+  static Reg exp2(Reg k) {
+    const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(k), 23);
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(set1(1)), exponent));
   }
   static float sum(Reg a) { return vaddvq_f32(a); }
 };
@@ -254,16 +268,24 @@ struct Vec<double> {
   static Reg max(Reg a, Reg b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
   static Reg max_nan(Reg a, Reg b) { return vmaxq_f64(a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
-  static Reg round(Reg a) { return vrndnq_f64(a); }
-  static Reg scale2(Reg a, Reg n) {
-    const int64x2_t exponent = vaddq_s64(vcvtnq_s64_f64(n), vdupq_n_s64(1022));
-    const Reg half = mul(a, vreinterpretq_f64_s64(vshlq_n_s64(exponent, 52)));
-    return add(half, half);
+  static constexpr int kExp2Bits = 0;
+  static Reg exp2(Reg k) {
+    const int64x2_t exponent = vshlq_n_s64(vreinterpretq_s64_f64(k), 52);
+    return vreinterpretq_f64_s64(vaddq_s64(vreinterpretq_s64_f64(set1(1)), exponent));
   }
   static double sum(Reg a) { return vaddvq_f64(a); }
 };
 
 #else
+
+template <int kBytes>
+struct BitsOf {
+  using type = uint32_t;
+};
+template <>
+struct BitsOf<sizeof(double)> {
+  using type = uint64_t;
+};
 
 template <class T>
 struct ScalarVec {
@@ -286,8 +308,12 @@ struct ScalarVec {
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
   static Reg max_nan(Reg a, Reg b) { return a > b || a != a ? a : b; }
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
-  static Reg round(Reg a) { return __builtin_nearbyint(a); }
-  static Reg scale2(Reg a, Reg n) { return n == n ? static_cast<T>(__builtin_ldexp(a, static_cast<int>(n))) : n; }
+  static constexpr int kExp2Bits = 0;
+  static Reg exp2(Reg k) {
+    using Bits = typename BitsOf<sizeof(T)>::type;
+    constexpr int kMantissa = sizeof(T) == sizeof(float) ? 23 : 52;
+    return __builtin_bit_cast(T, __builtin_bit_cast(Bits, T(1)) + (__builtin_bit_cast(Bits, k) << kMantissa));
+  }
   static T sum(Reg a) { return a; }
 };
 
