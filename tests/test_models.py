@@ -1,5 +1,6 @@
 """The models are torchvision's and timm's: keys, shapes, numbers, and what they start training from."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -10,24 +11,60 @@ from model_parity import assert_parity, pictures, randomise_batch_norm
 from torch import nn
 
 from mobilenet_fast import models
+from mobilenet_fast import nn as fast
 
 
 def torchvision_model(name, **kwargs):
     return getattr(import_torchvision().models, name)(**kwargs)
 
 
-def timm_lite0(**kwargs):
-    return import_timm().create_model("tf_efficientnet_lite0", **kwargs)
+def torchvision_mnasnet(width_mult=1.0, **kwargs):
+    return import_torchvision().models.MNASNet(width_mult, **kwargs)
+
+
+def timm_model(name, dropout=0.2, **kwargs):
+    return import_timm().create_model(name, drop_rate=dropout, **kwargs)
+
+
+def timm_mobilenet_v1(width_mult=1.0, **kwargs):
+    return timm_model("mobilenetv1_100" if width_mult == 1 else "mobilenetv1_125", **kwargs)
+
+
+def torchvision_inception(name, **kwargs):
+    return torchvision_model(name, **{"init_weights": True} | kwargs)
 
 
 PAIRS = {
-    "mobilenet_v2": lambda **k: torchvision_model("mobilenet_v2", **k),
-    "mobilenet_v3_large": lambda **k: torchvision_model("mobilenet_v3_large", **k),
-    "mobilenet_v3_small": lambda **k: torchvision_model("mobilenet_v3_small", **k),
-    "efficientnet_lite0": timm_lite0,
+    "mobilenet_v1": timm_mobilenet_v1,
+    "mobilenet_v2": functools.partial(torchvision_model, "mobilenet_v2"),
+    "mobilenet_v3_large": functools.partial(torchvision_model, "mobilenet_v3_large"),
+    "mobilenet_v3_small": functools.partial(torchvision_model, "mobilenet_v3_small"),
+    "mnasnet_a1": functools.partial(timm_model, "semnasnet_100"),
+    "mnasnet_b1": torchvision_mnasnet,
+    "googlenet": functools.partial(torchvision_inception, "googlenet"),
+    "inception_v3": functools.partial(torchvision_inception, "inception_v3"),
+    "xception": functools.partial(timm_model, "legacy_xception", dropout=0.0),
+    **{f"efficientnet_b{i}": functools.partial(torchvision_model, f"efficientnet_b{i}") for i in range(8)},
+    **{f"efficientnet_lite{i}": functools.partial(timm_model, f"tf_efficientnet_lite{i}") for i in range(5)},
 }
+# Those with what others of their family have, but more of it: their numbers and starts are the family's.
+LARGE = {f"efficientnet_b{i}" for i in (2, 3, 4, 6, 7)} | {f"efficientnet_lite{i}" for i in (1, 2, 3)}
+# Of the least pictures worth a test, if not 64. On smaller ones, EfficientNets with statistics of a few pictures make a
+# change of one bit of the input 1e-8 of the output.
+SIDES = {"inception_v3": 107, "xception": 96, **{f"efficientnet_b{i}": 144 for i in range(8)}}
+SMALL = [name for name in PAIRS if name not in LARGE]
 VARIANTS = [
     *((name, {}) for name in PAIRS),
+    ("mobilenet_v1", {"width_mult": 1.25, "num_classes": 10}),
+    ("mobilenet_v1", {"in_chans": 1, "num_classes": 3}),
+    ("mnasnet_a1", {"num_classes": 5}),
+    ("googlenet", {"aux_logits": False, "transform_input": True}),
+    ("inception_v3", {"aux_logits": False, "num_classes": 11}),
+    ("xception", {"in_chans": 1}),
+    ("mnasnet_b1", {"width_mult": 0.5}),
+    ("mnasnet_b1", {"width_mult": 0.75}),
+    ("mnasnet_b1", {"width_mult": 1.3}),
+    ("efficientnet_b0", {"num_classes": 5}),
     ("mobilenet_v2", {"width_mult": 0.35, "num_classes": 10}),
     ("mobilenet_v2", {"width_mult": 1.4}),
     ("mobilenet_v3_large", {"width_mult": 0.75, "num_classes": 7}),
@@ -49,13 +86,18 @@ def test_keys_and_shapes_are_the_originals(name, kwargs):
 
 
 @pytest.mark.parametrize(
-    "name, kwargs", [v for v in VARIANTS if v[1].get("width_mult", 1) <= 1 and v[1].get("num_classes") != 10], ids=str
+    "name, kwargs",
+    [v for v in VARIANTS if v[0] in SMALL and v[1].get("width_mult", 1) <= 1 and v[1].get("num_classes") != 10],
+    ids=str,
 )
-@pytest.mark.parametrize("size", [(64, 64), (75, 50)], ids=str)
-def test_computes_what_the_original_computes(name, kwargs, size):
+@pytest.mark.parametrize("wider", [(0, 0), (11, -14)], ids=("square", "oblong"))
+def test_computes_what_the_original_computes(name, kwargs, wider):
     torch.manual_seed(0)
-    channels = kwargs.get("in_chans", 3)
-    original = randomise_batch_norm(PAIRS[name](**kwargs), 0, (4, channels, 64, 64))
+    channels, side = kwargs.get("in_chans", 3), SIDES.get(name, 64)
+    size = [side + pixels for pixels in wider]
+    if name == "inception_v3":  # its head would need larger pictures
+        kwargs = {"aux_logits": False} | kwargs
+    original = randomise_batch_norm(PAIRS[name](**kwargs), 0, (8, channels, side, side))
     ours = models.create_model(name, weights=original.state_dict(), **kwargs).eval()
     x = pictures(2, channels, *size, seed=1)
     assert_parity(original, ours, x)
@@ -86,7 +128,7 @@ def test_hyperparameters_are_the_originals(name):
     assert convs(original) == convs(ours)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", SMALL)
 def test_initialisation_is_like_the_originals(name):
     torch.manual_seed(0)
     ours, original = models.create_model(name).state_dict(), PAIRS[name]().state_dict()
@@ -113,6 +155,53 @@ def test_a_training_step_is_the_originals():
         )
     for key, expected in original.named_buffers():
         torch.testing.assert_close(ours.get_buffer(key), expected)
+
+
+@pytest.mark.parametrize("name, side", [("googlenet", 64), ("inception_v3", 299)])
+def test_auxiliary_heads_are_the_originals(name, side):
+    torch.manual_seed(0)
+    dropouts = {"dropout": 0.0} | ({"dropout_aux": 0.0} if name == "googlenet" else {})
+    original = PAIRS[name](num_classes=3, transform_input=True, **dropouts)
+    ours = models.create_model(name, weights=original.state_dict(), num_classes=3, transform_input=True, **dropouts)
+    x = pictures(2, 3, side, side, seed=1)
+    for model in (original, ours):
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.normal_(norm.bias, 0, 0.3, generator=torch.Generator().manual_seed(norm.num_features))
+    expected, actual = original.train()(x), ours.train()(x)
+    assert actual._fields == expected._fields and type(actual.logits) is torch.Tensor
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+    with pytest.raises(ValueError, match=f"^{name}: transform_input takes pictures of 3 channels, got in_chans=1"):
+        models.create_model(name, in_chans=1, transform_input=True)
+
+
+@pytest.mark.parametrize("between, residual", [("relu", True), ("elu", False)])
+def test_ablations_of_xception(between, residual):
+    torch.manual_seed(0)
+    ours = models.xception(num_classes=2, activation_between=between, residual=residual)
+    plain = timm_model("legacy_xception", num_classes=2)
+    state = ours.state_dict()
+    assert residual == (state.keys() == plain.state_dict().keys())
+    assert not any("skip" in key for key in state) or residual
+    plain.load_state_dict(state, strict=residual)
+    activation = nn.ReLU() if between == "relu" else nn.ELU()
+    for module in plain.modules():
+        if type(module).__name__ == "SeparableConv2d":
+            module.pointwise = nn.Sequential(activation, module.pointwise)
+        elif type(module).__name__ == "Block" and not residual:
+            module.forward = module.rep.forward
+    plain, ours = randomise_batch_norm(plain, 0, (4, 3, 96, 96)), ours.eval()
+    with torch.no_grad():
+        for norm, theirs in zip(_norms(ours), _norms(plain, residual), strict=True):
+            norm.load_state_dict(theirs.state_dict())
+    assert_parity(plain, ours, pictures(2, 3, 96, 96, seed=1))
+    with pytest.raises(ValueError, match='^xception: activation_between must be None, "relu" or "elu", got .silu.'):
+        models.xception(activation_between="silu")
+
+
+def _norms(model, skips=True):
+    return [m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and (skips or "skip" not in name)]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +237,7 @@ def test_real_weights_name_real_photographs(lite0, name, label, probability):
 
 
 def test_real_weights_fit_timm(lite0):
-    original = timm_lite0()
+    original = PAIRS["efficientnet_lite0"]()
     original.load_state_dict(lite0.state_dict())
     x = torch.cat([photograph("chelsea.png"), photograph("coffee.png")])
     assert_parity(original.eval(), lite0, x)
@@ -208,7 +297,57 @@ def test_another_networks_weights_are_refused(lite0):
 
 
 def test_registry():
-    assert models.list_models() == sorted(PAIRS)
+    assert models.list_models() == sorted([*PAIRS, "efficientnet"])
     assert isinstance(models.create_model("mobilenet_v3_small", num_classes=2), models.MobileNetV3)
     with pytest.raises(ValueError, match="create_model: name must be one of .*mobilenet_v2.*, got 'resnet50'"):
         models.create_model("resnet50")
+    with pytest.raises(
+        ValueError, match="^create_model: there is no model 'mobilenetv3_large'; did you mean mobilenet_v3_l"
+    ):
+        models.create_model("mobilenetv3_large")
+
+
+def test_efficientnets_of_ones_own():
+    with torch.device("meta"):
+        b2 = models.efficientnet_b2()
+        ours = models.create_model("efficientnet", width=1.1, depth=1.2, resolution=288, dropout=0.3)
+        assert shapes(ours) == shapes(b2) and ours.resolution == b2.resolution == 288
+        wide = models.efficientnet(1.3, 1.0, num_classes=4)
+    assert wide.classifier[1].weight.shape == (4, 4 * 416)
+
+
+def test_activation_of_mobilenet_v1():
+    for name, layer in (("relu", nn.ReLU), ("silu", nn.SiLU), ("sigmoid", nn.Sigmoid)):
+        model = models.mobilenet_v1(activation=name, width_mult=0.25, num_classes=2)
+        assert all(type(m.act) is layer for m in model.modules() if hasattr(m, "act"))
+        assert model.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 2)
+    with pytest.raises(ValueError, match="^mobilenet_v1: activation must be .*, got 'mish'"):
+        models.mobilenet_v1(activation="mish")
+
+
+def test_stochastic_depth_drops_pictures():
+    torch.manual_seed(0)
+    layer = fast.StochasticDepth(0.25)
+    x = torch.randn(4000, 3, 1, 1)
+    y = layer(x)
+    kept = y.flatten(1).any(1)
+    assert 0.7 < kept.float().mean() < 0.8
+    torch.testing.assert_close(y[kept], x[kept] / 0.75)
+    assert layer.eval()(x) is x
+    with pytest.raises(ValueError, match="StochasticDepth: p must be at least 0 and less than 1, got 1"):
+        fast.StochasticDepth(1)
+
+
+def test_stochastic_depth_of_efficientnets_is_torchvisions():
+    def drops(model):
+        return [m.p for m in model.modules() if type(m).__name__ == "StochasticDepth"]
+
+    with torch.device("meta"):
+        assert drops(models.efficientnet_b1()) == drops(torchvision_model("efficientnet_b1"))
+    torch.manual_seed(0)
+    # All but the blocks' inputs dropped in the end: a block that may be dropped adds its input to nothing.
+    model = models.efficientnet(num_classes=2, stochastic_depth=0.999).train()
+    block = model.features[7 - 1][3]
+    assert block.use_res_connect
+    x = torch.randn(64, 192, 2, 2)
+    assert (block(x) == x).flatten(1).all(1).float().mean() > 0.5

@@ -1,18 +1,70 @@
 """The family, with the state_dict keys of torchvision, or timm where torchvision lacks the model."""
 
-from .efficientnet_lite import EfficientNetLite, efficientnet_lite0
+from .efficientnet import (
+    EfficientNet,
+    efficientnet,
+    efficientnet_b0,
+    efficientnet_b1,
+    efficientnet_b2,
+    efficientnet_b3,
+    efficientnet_b4,
+    efficientnet_b5,
+    efficientnet_b6,
+    efficientnet_b7,
+)
+from .efficientnet_lite import (
+    EfficientNetLite,
+    efficientnet_lite0,
+    efficientnet_lite1,
+    efficientnet_lite2,
+    efficientnet_lite3,
+    efficientnet_lite4,
+)
+from .googlenet import GoogLeNet, GoogLeNetOutputs, googlenet
+from .inception_v3 import InceptionOutputs, InceptionV3, inception_v3
+from .mnasnet import MnasNetA1, MnasNetB1, mnasnet_a1, mnasnet_b1
+from .mobilenet_v1 import MobileNetV1, mobilenet_v1
 from .mobilenet_v2 import MobileNetV2, mobilenet_v2
 from .mobilenet_v3 import MobileNetV3, mobilenet_v3_large, mobilenet_v3_small
 from .registry import create_model, list_models
+from .xception import Xception, xception
 
 __all__ = [
+    "EfficientNet",
     "EfficientNetLite",
+    "GoogLeNet",
+    "GoogLeNetOutputs",
+    "InceptionOutputs",
+    "InceptionV3",
+    "MnasNetA1",
+    "MnasNetB1",
+    "MobileNetV1",
     "MobileNetV2",
     "MobileNetV3",
+    "Xception",
     "create_model",
+    "efficientnet",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    "efficientnet_b3",
+    "efficientnet_b4",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
     "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+    "efficientnet_lite3",
+    "efficientnet_lite4",
+    "googlenet",
+    "inception_v3",
     "list_models",
+    "mnasnet_a1",
+    "mnasnet_b1",
+    "mobilenet_v1",
     "mobilenet_v2",
     "mobilenet_v3_large",
     "mobilenet_v3_small",
+    "xception",
 ]

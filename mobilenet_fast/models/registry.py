@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Mapping
 
@@ -36,6 +37,9 @@ def create_model(name: str, **kwargs) -> nn.Module:
         ValueError: there is no such model.
     """
     if name not in _BUILDERS:
+        close = difflib.get_close_matches(str(name), _BUILDERS)
+        if close:
+            raise ValueError(f"create_model: there is no model {name!r}; did you mean {' or '.join(close)}?")
         raise ValueError(f"create_model: name must be one of {', '.join(list_models())}, got {name!r}")
     return _BUILDERS[name](**kwargs)
 

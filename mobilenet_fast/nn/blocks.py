@@ -98,6 +98,38 @@ class SeparableConv2d(nn.Module):
         return self.pointwise(self.depthwise(input))
 
 
+class StochasticDepth(nn.Module):
+    """In training, zero for a picture with probability ``p``, else the input divided by 1 - ``p``:
+    `torchvision.ops.StochasticDepth` with mode "row".
+
+    Args:
+        p: from 0 up to but not 1.
+
+    Shape:
+        (N, …) → the same.
+
+    Raises:
+        ValueError: p is out of range.
+
+    Deep Networks with Stochastic Depth (Huang et al., 2016, arXiv:1603.09382), section 3.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"StochasticDepth: p must be at least 0 and less than 1, got {p}")
+        self.p = p
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return input
+        keeps = input.new_empty(input.size(0), *[1] * (input.dim() - 1)).bernoulli_(1 - self.p)
+        return input * keeps.div_(1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
 @known
 class InvertedResidual(Chained):
     """Expansion, depthwise convolution, squeeze-and-excitation and projection, plus the input where shapes allow:
