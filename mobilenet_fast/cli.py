@@ -1,5 +1,5 @@
-"""``python -m mobilenet_fast classify IMAGE…`` names photographs; ``profile`` times the steps of a model;
-``info`` says what the package runs on."""
+"""``python -m mobilenet_fast classify IMAGE…`` names photographs; ``profile`` times the steps of a model, ``cost``
+counts its arithmetic; ``info`` says what the package runs on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import mobilenet_fast
-from mobilenet_fast import models
+from mobilenet_fast import cost, models
 
 IMAGENET_MEAN_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MEAN_STD = {"efficientnet_lite0": ((127,) * 3, (128,) * 3)}  # others have torchvision's
@@ -213,6 +213,18 @@ def stdout_is_closed() -> bool:
     return bool(poll.poll(0))
 
 
+def print_cost(options) -> int:
+    with torch.device("meta"):
+        model = models.create_model(options.model)
+    try:
+        found = cost.count(model, (options.batch, 3, options.size, options.size))
+    except ValueError as error:
+        complain(str(error))
+        return 1
+    print(found.to_csv() if options.csv else found, end="" if options.csv else "\n")
+    return 0
+
+
 @command_line
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("mobilenet_fast", description=mobilenet_fast.__doc__.splitlines()[0])
@@ -233,6 +245,13 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
     command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
     command.set_defaults(run=profile)
+
+    command = commands.add_parser("cost", help="count a model's multiply-accumulates, parameters and activations")
+    command.add_argument("model", metavar="MODEL", choices=models.list_models(), help=", ".join(models.list_models()))
+    command.add_argument("--batch", type=positive, default=1, help="pictures a call (%(default)s)")
+    command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
+    command.add_argument("--csv", action="store_true", help="as lines of CSV")
+    command.set_defaults(run=print_cost)
 
     command = commands.add_parser("info", help="versions, instruction sets, threads, devices")
     command.set_defaults(run=info)
