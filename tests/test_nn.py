@@ -906,6 +906,38 @@ def test_inverted_residual_is_torchvisions(row, size, calls):
     assert_same_training(ours, stock, x)
 
 
+@pytest.mark.parametrize("order", ("depthwise_first", "pointwise_first"))
+@pytest.mark.parametrize("between", (None, "relu", "silu"))
+@pytest.mark.parametrize("bias", (False, True))
+def test_separable_conv2d_in_either_order(order, between, bias):
+    options = {"order": order, "activation_between": between}
+    ours = randomised(fast.SeparableConv2d(6, 8, 3, 2, 1, bias=bias, activation="hardswish", **options))
+    x = input64(2, 6, 9, 7)
+    first, last = (ours.depthwise, ours.pointwise) if order == "depthwise_first" else (ours.pointwise, ours.depthwise)
+    assert (last.bias is not None) == bias and (first.bias is not None) == (bias and between is not None)
+
+    def conv(layer, x):
+        return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    y = conv(first, x)
+    expected = F.hardswish(conv(last, y if between is None else getattr(F, between)(y))).detach()
+    with torch.no_grad():
+        assert_same(ours(x), expected)
+    assert_same(ours(x).detach(), expected)
+    assert ("pointwise_first" in repr(ours)) == (order == "pointwise_first")
+
+
+def test_separable_conv_refuses_what_it_has_not():
+    with pytest.raises(ValueError, match='^SeparableConv2d: order must be "depthwise_first" or "pointwise_first", got'):
+        fast.SeparableConv2d(4, 4, order="sideways")
+    with pytest.raises(
+        ValueError, match="^SeparableConv2d: depth_multiplier must be 1 with order=.pointwise_first., got 2"
+    ):
+        fast.SeparableConv2d(4, 4, order="pointwise_first", depth_multiplier=2)
+    with pytest.raises(ValueError, match="activation must be .*, got 'elu'"):
+        fast.SeparableConv2d(4, 4, activation_between="elu")
+
+
 def test_separable_conv2d():
     ours = randomised(fast.SeparableConv2d(6, 8, (3, 5), 2, (1, 2), bias=True, depth_multiplier=2, activation="relu"))
     x = input64(2, 6, 9, 9)

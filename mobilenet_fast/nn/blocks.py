@@ -62,18 +62,26 @@ class ConvNormAct(FusedSequential):
 
 
 class SeparableConv2d(nn.Module):
-    """``pointwise(depthwise(input))``: a filter for each channel, then a 1x1 convolution, with nothing between them.
+    """``pointwise(depthwise(input))``, or ``depthwise(pointwise(input))``: a filter for each channel, and a 1x1
+    convolution.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation: as `nn.Conv2d` takes them.
-        bias: of the 1x1 convolution; the depthwise one has none, for a constant through it would be a bias again.
-        depth_multiplier: filters for each channel.
+        bias: of the last convolution, and of the first if an activation follows that.
+        depth_multiplier: filters for each channel, with "depthwise_first".
         activation: behind both: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
+        order: "depthwise_first", as in Xception and the MobileNets, or "pointwise_first", as in the Inception module
+            that Xception's figure 4 takes to its extreme.
+        activation_between: the two convolutions; None, which the paper finds best (section 4.7), or a name as above.
 
     Shape:
         (N, C, H, W) → (N, K, H', W'), in the layout that `nn.Conv2d` gives.
 
-    Xception (Chollet, 2017, arXiv:1610.02357), section 3.2.
+    Raises:
+        ValueError: an activation or the order has another name, or ``depth_multiplier`` is not 1 with
+            "pointwise_first".
+
+    Xception (Chollet, 2017, arXiv:1610.02357), sections 2 and 3.2.
     """
 
     def __init__(
@@ -88,14 +96,35 @@ class SeparableConv2d(nn.Module):
         depth_multiplier: int = 1,
         *,
         activation: str = "none",
+        order: str = "depthwise_first",
+        activation_between: str | None = None,
     ) -> None:
         super().__init__()
-        channels = in_channels * depth_multiplier
-        self.depthwise = DepthwiseConv2d(in_channels, channels, kernel_size, stride, padding, dilation, bias=False)
-        self.pointwise = PointwiseConv2d(channels, out_channels, bias, activation=activation)
+        if order not in ("depthwise_first", "pointwise_first"):
+            raise ValueError(f'SeparableConv2d: order must be "depthwise_first" or "pointwise_first", got {order!r}')
+        self.order = order
+        geometry = kernel_size, stride, padding, dilation
+        between = {"bias": bias and activation_between is not None, "activation": activation_between or "none"}
+        last = {"bias": bias, "activation": activation}
+        if order == "depthwise_first":
+            channels = in_channels * depth_multiplier
+            self.depthwise = DepthwiseConv2d(in_channels, channels, *geometry, **between)
+            self.pointwise = PointwiseConv2d(channels, out_channels, **last)
+        else:
+            if depth_multiplier != 1:
+                raise ValueError(
+                    f'SeparableConv2d: depth_multiplier must be 1 with order="pointwise_first", got {depth_multiplier}'
+                )
+            self.pointwise = PointwiseConv2d(in_channels, out_channels, **between)
+            self.depthwise = DepthwiseConv2d(out_channels, out_channels, *geometry, **last)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.pointwise(self.depthwise(input))
+        if self.order == "depthwise_first":
+            return self.pointwise(self.depthwise(input))
+        return self.depthwise(self.pointwise(input))
+
+    def extra_repr(self) -> str:
+        return "" if self.order == "depthwise_first" else f"order={self.order}"
 
 
 class StochasticDepth(nn.Module):
