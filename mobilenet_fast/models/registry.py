@@ -94,5 +94,23 @@ def load_weights(
     else:
         choices = f"one of {', '.join(map(repr, named))}, or " if named else "(none are known here by name) "
         raise ValueError(f"weights must be {choices}the path of a state_dict, or a state_dict; got {weights!r}")
-    model.load_state_dict(rename(state))
+    state = rename(state)
+    _check_fit(type(model).__name__, model.state_dict(), state)
+    model.load_state_dict(state)
     return model
+
+
+def _check_fit(network: str, expected: StateDict, state: StateDict) -> None:
+    def first(what: str, keys: list[str]) -> str:
+        return f"{what} {keys[0]!r}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+
+    # Nothing counts batches in old checkpoints; load_state_dict does without.
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in expected]
+    shapes = [k for k in expected if k in state and expected[k].shape != getattr(state[k], "shape", None)]
+    said = [first(what, keys) for what, keys in (("lack", missing), ("have", unexpected)) if keys]
+    if shapes:
+        theirs, ours = getattr(state[shapes[0]], "shape", None), expected[shapes[0]].shape
+        said.append(first("differ in shape at", shapes) + f": {theirs and tuple(theirs)}, not {tuple(ours)}")
+    if said:
+        raise RuntimeError(f"{network}: weights are another model's: they {'; '.join(said)}")
