@@ -34,12 +34,16 @@ def torchvision_inception(name, **kwargs):
     return torchvision_model(name, **{"init_weights": True} | kwargs)
 
 
+def timm_mnasnet_a1(width_mult=1.0, **kwargs):
+    return timm_model("semnasnet_100" if width_mult == 1 else "semnasnet_075", **kwargs)
+
+
 PAIRS = {
     "mobilenet_v1": timm_mobilenet_v1,
     "mobilenet_v2": functools.partial(torchvision_model, "mobilenet_v2"),
     "mobilenet_v3_large": functools.partial(torchvision_model, "mobilenet_v3_large"),
     "mobilenet_v3_small": functools.partial(torchvision_model, "mobilenet_v3_small"),
-    "mnasnet_a1": functools.partial(timm_model, "semnasnet_100"),
+    "mnasnet_a1": timm_mnasnet_a1,
     "mnasnet_b1": torchvision_mnasnet,
     "googlenet": functools.partial(torchvision_inception, "googlenet"),
     "inception_v3": functools.partial(torchvision_inception, "inception_v3"),
@@ -58,6 +62,7 @@ VARIANTS = [
     ("mobilenet_v1", {"width_mult": 1.25, "num_classes": 10}),
     ("mobilenet_v1", {"in_chans": 1, "num_classes": 3}),
     ("mnasnet_a1", {"num_classes": 5}),
+    ("mnasnet_a1", {"width_mult": 0.75}),
     ("googlenet", {"aux_logits": False, "transform_input": True}),
     ("inception_v3", {"aux_logits": False, "num_classes": 11}),
     ("xception", {"in_chans": 1}),
@@ -310,6 +315,39 @@ def test_registry():
         ValueError, match="^create_model: there is no model 'mobilenetv3_large'; did you mean mobilenet_v3_l"
     ):
         models.create_model("mobilenetv3_large")
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, said",
+    [
+        ("mobilenet_v2", {"width_mult": 0}, "make_divisible: the number of channels must be positive, got 0"),
+        ("mobilenet_v3_small", {"width_mult": float("nan")}, "make_divisible: .* got nan"),
+        ("efficientnet", {"width": -1}, "make_divisible: .* got -32"),
+        ("efficientnet", {"depth": 0}, "efficientnet: depth and resolution must be positive, .*, got 0, 224, 0.2"),
+        ("efficientnet_b0", {"stochastic_depth": 1.5}, "efficientnet: .* less than 1, got 1.0, 224, 1.5"),
+        ("mobilenet_v1", {"num_classes": 0}, "mobilenet_v1: num_classes must be a positive integer, got 0"),
+        ("xception", {"in_chans": 1.5}, "xception: in_chans must be a positive integer, got 1.5"),
+        ("efficientnet_lite4", {"in_chans": -3}, "efficientnet_lite4: in_chans must be a positive integer, got -3"),
+    ],
+)
+def test_wrong_numbers_say_what_is_wrong(name, kwargs, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        models.create_model(name, **kwargs)
+
+
+def test_weights_of_another_kind():
+    with pytest.raises(TypeError, match="^weights must be a state_dict, the path of one, or a name, got a list$"):
+        models.mobilenet_v2([1])
+
+
+def test_hooks_on_stochastic_depth_see_their_calls():
+    model, seen = models.efficientnet_b0(num_classes=2).eval(), []
+    for module in model.modules():
+        if isinstance(module, fast.StochasticDepth):
+            module.register_forward_hook(lambda *call: seen.append(call))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert len(seen) == 9  # blocks that add their input
 
 
 def test_efficientnets_of_ones_own():

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..nn import ConvNormAct, FusedSequential, SqueezeExcitation, StochasticDepth
-from ..nn.dispatch import known
+from ..nn.dispatch import known, unhooked
 from ..nn.fusion import Chained, Links
 from .initialisation import efficientnet_init
 from .registry import Weights, load_weights, register_model
@@ -73,15 +73,17 @@ def efficientnet(
 
 
 def _register_scaled(number: int, width: float, depth: float, resolution: int, dropout: float) -> Callable:
+    norm = _TENSORFLOW_NORM if number >= 5 else nn.BatchNorm2d
+    norms = ", and TensorFlow's batch norm: eps 1e-3, momentum 0.01" if number >= 5 else ""
+
     def build(weights: Weights | None = None, **kwargs) -> EfficientNet:
-        norm = _TENSORFLOW_NORM if number >= 5 else nn.BatchNorm2d
         arguments = {"num_classes": 1000, "in_chans": 3, "dropout": dropout, "stochastic_depth": 0.2} | kwargs
         return load_weights(EfficientNet(width, depth, resolution, norm=norm, **arguments), weights)
 
     build.__name__ = build.__qualname__ = f"efficientnet_b{number}"
     build.__doc__ = f"""`torchvision.models.efficientnet_b{number}`: the same network with the same state_dict keys.
 
-    `efficientnet` with width {width}, depth {depth} and resolution {resolution}.
+    `efficientnet` with width {width}, depth {depth} and resolution {resolution}{norms}.
 
     Args:
         weights: None, a state_dict, or the path of one; torchvision's checkpoints fit.
@@ -109,6 +111,11 @@ class EfficientNet(nn.Module):
         stochastic_depth: float,
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
+        if not (depth > 0 and resolution > 0 and 0 <= stochastic_depth < 1):
+            raise ValueError(
+                "efficientnet: depth and resolution must be positive, stochastic_depth at least 0 and less than 1, got "
+                f"{depth}, {resolution}, {stochastic_depth}"
+            )
         super().__init__()
         self.resolution = resolution
         layer = functools.partial(ConvNormAct, norm_layer=norm)
@@ -168,8 +175,9 @@ class MBConv(Chained):
         self.use_res_connect = stride == 1 and in_channels == out_channels
 
     def links(self) -> Links | None:
-        drops = self.stochastic_depth.training and self.stochastic_depth.p > 0
-        return None if drops and self.use_res_connect else Links([self.block], self.use_res_connect)
+        drop = self.stochastic_depth
+        runs = not unhooked(drop) or (drop.training and drop.p > 0)
+        return None if runs and self.use_res_connect else Links([self.block], self.use_res_connect)
 
     def plain_forward(self, input: Tensor) -> Tensor:
         y = self.block(input)

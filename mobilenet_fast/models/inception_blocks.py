@@ -23,7 +23,7 @@ class BasicConv2d(Chained):
         padding: int | tuple[int, int] = 0,
     ) -> None:
         super().__init__()
-        if kernel_size == stride == 1:
+        if kernel_size == stride == 1 and padding == 0:
             self.conv = PointwiseConv2d(in_channels, out_channels, bias=False)
         else:
             self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)

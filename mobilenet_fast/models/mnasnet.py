@@ -93,7 +93,7 @@ class MnasNetA1(Trunk):
         super().__init__(
             [stage._replace(channels=make_divisible(stage.channels * width_mult)) for stage in _A1],
             Style(functools.partial(nn.ReLU, inplace=True)),
-            stem_channels=32,
+            stem_channels=make_divisible(32 * width_mult),
             head_channels=_HEAD,
             num_classes=num_classes,
             in_chans=in_chans,

@@ -37,7 +37,7 @@ def mobilenet_v1(
         num_classes: logits a picture.
         in_chans: channels of the input.
         width_mult: the paper's α, a factor on the number of channels.
-        activation: "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid"; the paper's is "relu".
+        activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid"; the paper's is "relu".
         dropout: before the classifier, in training.
 
     Raises:

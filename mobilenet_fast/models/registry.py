@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Callable, Mapping
 
@@ -16,9 +17,18 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Lets `create_model` find the function by its name."""
-    _BUILDERS[build.__name__] = build
-    return build
+    """Lets `create_model` find the function by its name, and checks what all models take."""
+
+    @functools.wraps(build)
+    def checked(*args, **kwargs) -> nn.Module:
+        for name in ("num_classes", "in_chans"):
+            value = kwargs.get(name, 1)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{build.__name__}: {name} must be a positive integer, got {value!r}")
+        return build(*args, **kwargs)
+
+    _BUILDERS[build.__name__] = checked
+    return checked
 
 
 def list_models() -> list[str]:
@@ -79,11 +89,14 @@ def load_weights(
         rename: brings a state_dict of another origin to the model's keys.
 
     Raises:
+        TypeError: ``weights`` is something else.
         ValueError: there is neither a file nor named weights of that name, or the file holds something else.
         RuntimeError: the state_dict isn't this model's.
     """
     if weights is None:
         return model
+    if not isinstance(weights, (str, os.PathLike, Mapping)):
+        raise TypeError(f"weights must be a state_dict, the path of one, or a name, got a {type(weights).__name__}")
     named = named or {}
     if isinstance(weights, Mapping):
         state = weights
