@@ -213,6 +213,25 @@ class RandomNetwork(nn.Module):
         c = values[i].shape[1]
         return (lambda s, v: v[i].split([c // 3, c - c // 3], 1)[1]) if c > 3 else None
 
+    def draw_mixed(self, i, values):
+        """Depthwise convolutions of several sizes, each of some of the channels, as in MixNet."""
+        pick, c = self.choose, values[i].shape[1]
+        if c < 3:
+            return None
+        first, stride = pick.randint(1, c - 1), pick.choice((1, 2))
+        sizes, kernels = (first, c - first), (3, pick.choice((1, 5, 7)))
+        convs = [
+            self.layer(nn.Conv2d(size, size, k, stride, k // 2, groups=size, bias=False))
+            for size, k in zip(sizes, kernels, strict=True)
+        ]
+        norm, activation = self.norm(c), pick.choice(ACTIVATIONS)
+
+        def step(s, v):
+            parts = [s.layers[conv](part) for conv, part in zip(convs, v[i].split(sizes, 1), strict=True)]
+            return activation(s.layers[norm](torch.cat(parts, 1)))
+
+        return step
+
     def draw_shuffle(self, i, values):
         n, c, h, w = values[i].shape
         return (lambda s, v: v[i].view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)) if c % 2 == 0 else None

@@ -1,6 +1,7 @@
 """Small networks: what each form of layer becomes, and that it computes what PyTorch computes."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -338,6 +339,122 @@ def test_pooled_features_mixed_over_the_batch():
     assert "squeeze_excite" not in [row.operation for row in fast.explain().rows]
 
 
+def test_channels_mixed_over_the_batch():
+    def forward(self, x):
+        y = self.a(F.adaptive_avg_pool2d(x, 1))
+        return self.b(y.view(1, -1, 1, 1)), self.c(y.reshape(-1, 5)[:, :, None, None])
+
+    layers = {"a": nn.Conv2d(8, 10, 1), "b": nn.Conv2d(20, 4, 1), "c": nn.Conv2d(5, 4, 1)}
+    check(seeded(lambda: Net(forward, **layers)), image(), fallbacks=[])
+
+
+# Some of the channels
+
+SPLITS = {
+    "chunk": lambda x: x.chunk(2, 1),
+    "split": lambda x: x.split(12, -3),
+    "sizes": lambda x: x.split([3, 17, 4], 1),
+    "slices": lambda x: (x[:, :7], x[:, 7:], x[:, -5:], x[:, 3:20]),
+    "of slices": lambda x: x[:, 2:].split([5, 17], 1),
+}
+CHANNEL_LAYERS = {
+    "pointwise": (lambda c: nn.Conv2d(c, 9, 1), "pointwise_conv2d"),
+    "depthwise": (lambda c: nn.Conv2d(c, c, 3, padding=1, groups=c), "depthwise_conv2d"),
+    "depthwise, stride 2": (lambda c: nn.Conv2d(c, c, 5, 2, 2, groups=c), "depthwise_conv2d"),
+    "dense": (lambda c: nn.Conv2d(c, 6, 3, padding=1), "conv2d"),
+    "winograd": (lambda c: nn.Sequential(nn.Conv2d(c, 40, 1), nn.Conv2d(40, 40, 3, padding=1)), None),
+    "pool": (lambda c: nn.MaxPool2d(2), "pool2d"),
+    "batch norm": (lambda c: nn.BatchNorm2d(c), "batch_norm"),
+    "hardswish": (lambda c: nn.Hardswish(), "hardswish"),
+    "nothing": (lambda c: nn.Identity(), None),
+    "squeeze-excite": (lambda c: SqueezeExcite(c), None),
+    "mean": (lambda c: nn.AdaptiveAvgPool2d(1), None),
+    "gelu": (lambda c: nn.GELU(), None),
+}
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def forward(self, x):
+        return x * F.hardsigmoid(self.b(F.relu(self.a(x.mean((2, 3), keepdim=True)))))
+
+
+@pytest.mark.parametrize("layer", CHANNEL_LAYERS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_channels_are_read_and_written_where_they_lie(split, layer):
+    build, operation = CHANNEL_LAYERS[layer]
+    sizes = [part.shape[1] for part in SPLITS[split](torch.empty(1, 24, 1, 1))]
+
+    def forward(self, x):
+        parts = SPLITS[split](F.relu(self.first(x)))
+        return self.last(torch.cat([layer(part) for layer, part in zip(self.layers, parts, strict=True)], 1))
+
+    def network():
+        layers = nn.ModuleList([build(c) for c in sizes])
+        out = sum(layer(torch.zeros(1, c, 8, 8)).shape[1] for layer, c in zip(layers.eval(), sizes, strict=True))
+        return Net(forward, first=nn.Conv2d(8, 24, 1), layers=layers, last=nn.Conv2d(out, 5, 1))
+
+    middle = None if operation is None else [operation] * len(sizes)
+    steps = middle and ["pointwise_conv2d + relu", *middle, "pointwise_conv2d"]
+    fast = check(seeded(network), image(), steps=steps)
+    for n in (1, 8):  # eight images run one by one
+        check(fast._model, image(n), fast=fast)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channels_of_an_input_and_of_an_aten_result(layout):
+    def forward(self, x):
+        a, b = x.split([3, 5], 1)
+        c, d = torch.tanh(x).chunk(2, 1)
+        return self.a(a), self.b(b), self.c(c), F.relu(d), x[:, 2:4], x[:, 1:], self.c(x[:, ::2])
+
+    layers = {"a": nn.Conv2d(3, 5, 1), "b": nn.Conv2d(5, 5, 3, groups=5), "c": nn.Conv2d(4, 2, 3)}
+    check(seeded(lambda: Net(forward, **layers)), image().to(memory_format=layout))
+
+
+def test_batch_norm_and_activation_of_concatenated_convolutions():
+    def forward(self, x):
+        a, b = self.expand(x).split([5, 11], 1)
+        return F.silu(self.norm(torch.cat([self.a(a), self.b(b)], 1)))
+
+    layers = {
+        "expand": nn.Conv2d(8, 16, 1),
+        "a": nn.Conv2d(5, 5, 3, padding=1, groups=5),
+        "b": nn.Conv2d(11, 11, 5, padding=2, groups=11, bias=False),
+        "norm": nn.BatchNorm2d(16),
+    }
+    steps = ["pointwise_conv2d", *["depthwise_conv2d + batch_norm + silu"] * 2]
+    fast = check(seeded(lambda: Net(forward, **layers)), image(), steps=steps)
+    check(fast._model, image(8), fast=fast)
+
+
+def test_batch_norm_of_concatenated_values_that_others_read():
+    def forward(self, x):
+        a = self.a(x)
+        return F.relu(self.norm(torch.cat([a, self.b(x), x], 1))), a
+
+    layers = {"a": nn.Conv2d(8, 3, 1), "b": nn.Conv2d(8, 2, 1), "norm": nn.BatchNorm2d(13)}
+    check(seeded(lambda: Net(forward, **layers)), image(), fallbacks=[])
+
+
+def test_factors_go_into_the_weights():
+    def forward(self, x):
+        y = F.relu(x + 0.17 * self.norm(self.a(x)))
+        return y + self.b(y) / 3, self.c(y.mean((2, 3))) * -0.5
+
+    layers = {"a": nn.Conv2d(8, 8, 1), "norm": nn.BatchNorm2d(8), "b": nn.Conv2d(8, 8, 3, padding=1, bias=False)}
+    steps = [
+        "pointwise_conv2d + batch_norm + residual + relu",
+        "conv2d + residual",
+        "global_avg_pool",
+        "linear",
+    ]
+    check(seeded(lambda: Net(forward, **layers, c=nn.Linear(8, 4))), image(), steps=steps)
+
+
 @pytest.mark.parametrize("classes", [5, 8])
 def test_a_classifier_with_a_sigmoid_is_right(classes):
     def build():
@@ -506,6 +623,8 @@ CONVOLUTIONS = {
     "upsampled": (lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 5, 3)), ["aten::upsample_nearest2d"]),
     "pooled": (lambda: nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 5, 1)), []),
     "average pooled": (lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.Conv2d(8, 5, 1)), []),
+    "pooled to its own size": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d((9, 7)), nn.Conv2d(8, 5, 1)), []),
+    "pooled with a larger window": (lambda: nn.Sequential(nn.AvgPool2d(20, ceil_mode=True), nn.Conv2d(8, 5, 1)), []),
     "pooled to 2x3": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d((2, 3)), nn.Conv2d(8, 5, 1)), None),
 }
 
@@ -742,6 +861,39 @@ def test_outputs_of_every_structure():
 def test_pooled_features_are_an_output_without_a_copy(flatten):
     model = seeded(lambda: nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), flatten))
     check(model, image(), steps=["pointwise_conv2d + relu", "global_avg_pool"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+    mean: torch.Tensor
+    note: str = "of all pixels"
+    count: int = dataclasses.field(init=False, default=2)
+
+
+@dataclasses.dataclass
+class Found:
+    maps: dict[str, torch.Tensor]
+    pooled: Pooled
+    absent: torch.Tensor | None = None
+
+
+def test_outputs_in_dataclasses():
+    def forward(self, x):
+        y = F.relu(self.conv(x))
+        return [Found({"y": y}, Pooled(y.mean((2, 3)))), y + 1]
+
+    model = seeded(lambda: Net(forward, conv=nn.Conv2d(8, 6, 1)))
+    fast = accelerate(model)
+    for n in (2, 1, 4):
+        x = image(n)
+        with torch.no_grad():
+            (found, y), (fast_found, fast_y) = model(x), fast(x)
+        assert type(fast_found) is Found and type(fast_found.pooled) is Pooled
+        assert (fast_found.absent, fast_found.pooled.note, fast_found.pooled.count) == (None, "of all pixels", 2)
+        torch.testing.assert_close(fast_found.maps, found.maps)
+        torch.testing.assert_close(fast_found.pooled.mean, found.pooled.mean)
+        torch.testing.assert_close(fast_y, y)
+    assert len(fast._captures) == 1 and list(fast.state_dict()) == list(model.state_dict())
 
 
 def test_results_are_the_callers():

@@ -185,7 +185,7 @@ def _take_another_activation(graph):
 
 
 def _forget_an_epsilon(graph):
-    norm = next(n for n in graph.nodes if n.op == "conv2d").attrs["weights"].batch_norms[0]
+    norm = next(n for n in graph.nodes if n.op == "conv2d").attrs["weights"].folded[0]
     object.__setattr__(norm, "eps", 0.1)
 
 

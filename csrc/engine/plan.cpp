@@ -270,7 +270,7 @@ void Plan::run_aten(const AtenStep& step, std::vector<at::Tensor>& tensors, std:
     }
     if (result.scalar_type() == dtype_) {
       const at::Tensor dense = result.contiguous(engine_format(values_[value].shape.size()));
-      buffers[value] = buffer_with_strides(dense);
+      buffers[value] = dense_buffer(dense.data_ptr(), values_[value].shape);
       result = dense;
     }
     tensors[value] = std::move(result);
@@ -297,7 +297,7 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
       check_plan_input(inputs, value);
       const at::Tensor input = inputs[value.location].resolve_neg();  // memory that holds the numbers themselves
       tensors[i] = value.any_strides ? input : input.contiguous(engine_format(value.shape.size()));
-      buffers[i] = buffer_with_strides(tensors[i]);
+      buffers[i] = value.any_strides ? buffer_with_strides(tensors[i]) : dense_buffer(tensors[i].data_ptr(), value.shape);
     } else if (value.storage == Storage::kSlice) {
       buffers[i] = buffers[value.location];
       buffers[i].data =

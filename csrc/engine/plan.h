@@ -18,7 +18,7 @@ enum class Storage { kArena, kPart, kInput, kOutput, kAten, kSlice };
 
 // A tensor of the plan. In the arena and in outputs, four-dimensional tensors lie as N × H × W × C and others
 // contiguous. One of a part of the batch lies in memory of the threads that run that part. A slice is some of the
-// channels of another value, for a step to write.
+// channels of another value, for a step to write or read.
 struct Value {
   Storage storage;
   // kArena, kPart: offset in bytes; kInput, kOutput: position; kSlice: the value it is part of, an earlier one

@@ -20,8 +20,9 @@ class ScaleShiftAct final : public Step {
         end = std::min(end, (image + 1) * shape_.pixels());
         scale = work.buffer<T>(gate_) + image * shape_.c;
       }
+      const int64_t x_stride = pixel_stride(work.buffers[x_], shape_.c);
       const int64_t y_stride = pixel_stride(work.buffers[y_], shape_.c);
-      kernels_.scale_shift_act({work.buffer<T>(x_) + range.begin * shape_.c, shape_.c,
+      kernels_.scale_shift_act({work.buffer<T>(x_) + range.begin * x_stride, x_stride,
                                 work.buffer<T>(y_) + range.begin * y_stride, y_stride, end - range.begin, shape_.c,
                                 scale, shift, activation_});
       range.begin = end;

@@ -44,7 +44,7 @@ class Output {
 at::Tensor as_channels_last(const at::Tensor& input);
 inline Buffer buffer_of(const at::Tensor& tensor) { return Buffer{tensor.data_ptr(), {0, 0, 0, 0}}; }
 Buffer buffer_with_strides(const at::Tensor& tensor);
-// From one pixel to the next of an output that may be a slice of the channels of a larger one.
+// From one pixel to the next of a tensor that may be a slice of the channels of a larger one.
 inline int64_t pixel_stride(const Buffer& buffer, int64_t channels) {
   return buffer.strides[3] > 0 ? buffer.strides[3] : channels;
 }
@@ -132,8 +132,8 @@ struct ImageShape {  // N × H × W × C
 };
 
 // The steps. Buffers are indices into Work::buffers, -1 for none; all are dense N × H × W × C unless said otherwise.
-// The outputs of make_pointwise_conv2d, make_conv2d, make_winograd, make_pool2d and make_scale_shift_act may be slices
-// of the channels of a larger tensor.
+// The outputs y of make_pointwise_conv2d, make_conv2d, make_depthwise_conv2d, make_winograd, make_pool2d and
+// make_scale_shift_act may be slices of the channels of a larger tensor, and so may their inputs x but Winograd's.
 
 // y = activation(conv1x1(x · gate) + residual); `gate` is (N, C).
 std::unique_ptr<Step> make_pointwise_conv2d(Isa isa, ImageShape x_shape, int64_t out_channels, const at::Tensor& packed,

@@ -173,6 +173,10 @@ class Conv2d final : public Step {
         std::copy_n(source, (end - begin) * pixel, target);
         continue;
       }
+      if (strides[1] == 1) {  // a slice of the channels
+        for (int64_t i = 0; i < end - begin; ++i) std::copy_n(source + i * strides[3], pixel, target + i * pixel);
+        continue;
+      }
       for (int64_t c = 0; c < pixel; ++c) {
         for (int64_t i = 0; i < end - begin; ++i) target[i * pixel + c] = source[c * strides[1] + i * strides[3]];
       }

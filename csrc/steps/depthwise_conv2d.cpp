@@ -30,13 +30,15 @@ class DepthwiseConv2d final : public Step {
 
     const int64_t channel = vector_range.begin * lanes;
     DepthwiseArgs<T> args{};
-    args.x_pixel_stride = x_shape_.c;
-    args.x_row_stride = x_shape_.w * x_shape_.c;
+    const int64_t x_pixel = pixel_stride(work.buffers[x_], x_shape_.c);
+    const int64_t y_pixel = pixel_stride(work.buffers[y_], channels);
+    args.x_pixel_stride = x_pixel;
+    args.x_row_stride = x_shape_.w * x_pixel;
     args.height = x_shape_.h;
     args.width = x_shape_.w;
     args.weight = packed_.const_data_ptr<T>() + channel * (1 + window_.kernel_h * window_.kernel_w);
-    args.y_pixel_stride = channels;
-    args.y_row_stride = y_shape_.w * channels;
+    args.y_pixel_stride = y_pixel;
+    args.y_row_stride = y_shape_.w * y_pixel;
     args.out_width = y_shape_.w;
     args.channels = std::min(vector_range.end * lanes, channels) - channel;
     args.kernel_h = window_.kernel_h;
@@ -55,8 +57,8 @@ class DepthwiseConv2d final : public Step {
     for (int64_t unit = unit_range.begin; unit < unit_range.end;) {
       const int64_t image = unit / y_shape_.h, first = unit % y_shape_.h;
       const int64_t rows = std::min(unit_range.end - unit, y_shape_.h - first);
-      args.x = x + image * x_shape_.pixels() * x_shape_.c;
-      args.y = y + image * y_shape_.pixels() * channels;
+      args.x = x + image * x_shape_.pixels() * x_pixel;
+      args.y = y + image * y_shape_.pixels() * y_pixel;
       args.row_begin = first;
       args.row_end = first + rows;
       if (sums != nullptr) {

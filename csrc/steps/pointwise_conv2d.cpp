@@ -67,9 +67,11 @@ class PointwiseConv2d final : public Step {
     args.panel_begin = panel_range.begin;
     args.panel_end = panel_range.end;
     args.out_stride = pixel_stride(work.buffers[y_], columns_);
+    const int64_t x_stride = pixel_stride(work.buffers[x_], shape_.c);
     args.rows_per_block = rows_per_block_;
     if (gate_ < 0) {
-      args.a = x + row_range.begin * shape_.c;
+      args.a = x + row_range.begin * x_stride;
+      args.a_stride = x_stride;
       args.residual = residual == nullptr ? nullptr : residual + row_range.begin * columns_;
       args.out = y + row_range.begin * args.out_stride;
       kernels_.gemm(args);
@@ -83,7 +85,7 @@ class PointwiseConv2d final : public Step {
       for (int64_t first = row; first < end;) {
         const int64_t image = first / shape_.pixels();
         const int64_t last = std::min(end, (image + 1) * shape_.pixels());
-        kernels_.scale_shift_act({x + first * shape_.c, shape_.c, gated + (first - row) * shape_.c, shape_.c,
+        kernels_.scale_shift_act({x + first * x_stride, x_stride, gated + (first - row) * shape_.c, shape_.c,
                                   last - first, shape_.c, gate + image * shape_.c, nullptr, Activation::kNone});
         first = last;
       }

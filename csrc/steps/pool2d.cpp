@@ -10,10 +10,12 @@ class Pool2d final : public Step {
       : kernels_(kernels<T>(isa)), x_shape_(x_shape), y_shape_(y_shape), window_(window), kind_(kind), x_(x), y_(y) {}
 
   void run(const Work& work) const override {
+    const int64_t x_pixel = pixel_stride(work.buffers[x_], x_shape_.c);
     const int64_t y_pixel = pixel_stride(work.buffers[y_], y_shape_.c);
     PoolArgs<T> args{};
-    args.x_pixel_stride = args.channels = x_shape_.c;
-    args.x_row_stride = x_shape_.w * x_shape_.c;
+    args.channels = x_shape_.c;
+    args.x_pixel_stride = x_pixel;
+    args.x_row_stride = x_shape_.w * x_pixel;
     args.height = x_shape_.h;
     args.width = x_shape_.w;
     args.y_pixel_stride = y_pixel;
@@ -34,7 +36,7 @@ class Pool2d final : public Step {
     for (int64_t unit = range.begin; unit < range.end;) {
       const int64_t image = unit / y_shape_.h, first = unit % y_shape_.h;
       const int64_t rows = std::min(y_shape_.h - first, range.end - unit);
-      args.x = work.buffer<T>(x_) + image * x_shape_.pixels() * x_shape_.c;
+      args.x = work.buffer<T>(x_) + image * x_shape_.pixels() * x_pixel;
       args.y = work.buffer<T>(y_) + image * y_shape_.pixels() * y_pixel;
       args.row_begin = first;
       args.row_end = first + rows;

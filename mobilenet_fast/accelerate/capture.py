@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .graph import BatchNorm, Call, Constant, Graph, Node, Weights
+from .outputs import Flattened, Structure
 
 aten = torch.ops.aten
 _capture_ids = itertools.count()
@@ -24,10 +25,13 @@ _capture_ids = itertools.count()
 class Capture:
     """An exported program that serves every batch size from 2 on, and batch 1 where that was seen to take the same
     path; or, when the batch could not stay symbolic, exactly the example's shapes. It holds no parameters or buffers.
+    ``structure`` is given where the outputs hold dataclasses.
     """
 
-    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]):
+    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], structure: Structure | None):
         self.id = next(_capture_ids)
+        self.structure = structure
+        model = model if structure is None else Flattened(model)
         leaves, self.spec = pytree.tree_flatten((args, kwargs))
         batches = {leaf.shape[:1] for leaf in leaves if isinstance(leaf, torch.Tensor)}
         batch = batches.pop()[0] if len(batches) == 1 and () not in batches else None
@@ -47,23 +51,24 @@ class Capture:
             if node.target in _DROPOUTS and not node.args[2]:
                 node.target, node.args = aten.alias.default, node.args[:1]
         _inline_regions(program.graph_module)
+        self.touches_inputs = _touches_inputs(program)
         if _needs_functional(program.graph):
             program = program.run_decompositions({})
         signature = program.graph_signature
         mutated = {"BUFFER_MUTATION": "buffer", "PARAMETER_MUTATION": "parameter"}
         for spec in signature.output_specs:
             if spec.kind.name in mutated:
-                raise NotImplementedError(_WRITES.format(f"{mutated[spec.kind.name]} '{spec.target}'"))
+                raise NotImplementedError(_WRITES.format(f"{mutated[spec.kind.name]} '{self._own(spec.target)}'"))
         self.graph = program.graph
         self.range_constraints = program.range_constraints
-        self.out_spec = program.call_spec.out_spec
+        self.out_spec = self.structure or program.call_spec.out_spec
         # In functional graphs, what was written to inputs comes before the outputs: accelerated models leave inputs be.
         self.outputs = [i for i, spec in enumerate(signature.output_specs) if spec.kind.name == "USER_OUTPUT"]
         self.constants: dict[str, str] = {}  # by placeholder, the name in the model's state or in `tensors`
         self.tensors: dict[str, torch.Tensor] = {}  # what is no parameter or buffer
         for spec in signature.input_specs:
             if spec.kind.name in ("PARAMETER", "BUFFER"):
-                self.constants[spec.arg.name] = spec.target
+                self.constants[spec.arg.name] = self._own(spec.target)
             elif spec.kind.name == "CONSTANT_TENSOR":
                 name = f"{self.id}:{spec.target}"
                 self.constants[spec.arg.name] = name
@@ -72,6 +77,10 @@ class Capture:
             node for node in self.graph.nodes if node.op == "placeholder" and node.name not in self.constants
         ]
         return self
+
+    def _own(self, name: str) -> str:
+        """What the model itself calls a parameter or buffer."""
+        return name if self.structure is None else name.removeprefix("model.")
 
     def serves(self, leaves: list[Any]) -> bool:
         """Whether inputs of these shapes can run on this capture."""
@@ -234,6 +243,20 @@ def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     return getattr(packet, target._overloadname, None)
 
 
+def _touches_inputs(program: torch.export.ExportedProgram) -> str | None:
+    """What a program does that its inputs' owner would see, if anything: accelerated models only read them."""
+    inputs = set(program.graph_signature.user_inputs)
+    base: dict[torch.fx.Node, torch.fx.Node] = {}  # the tensor whose memory it may share
+    for node in program.graph.nodes:
+        written = _written(node)
+        source = _viewed(node) if written is None else written
+        base[node] = base[source] if isinstance(source, torch.fx.Node) else node
+        if any(base[n].name in inputs for n in pytree.tree_leaves(written) if isinstance(n, torch.fx.Node)):
+            return "writes to an input"
+    outputs = [value for value in program.graph.output_node().args[0] if isinstance(value, torch.fx.Node)]
+    return "returns memory of an input" if any(base[output].name in inputs for output in outputs) else None
+
+
 def _needs_functional(graph: torch.fx.Graph) -> bool:
     """Whether something is written in place in a way that renaming its later readers does not cover: it is read
     through a view, or through the base of one, is one of several, or keeps its dtype since it is written in place.
@@ -295,6 +318,7 @@ _RESHAPES = {
     aten.squeeze.dims,
     aten.unsqueeze.default,
 }
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 _STRIDELESS = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
@@ -450,6 +474,8 @@ class _Lowering:
             return [self.lower_one(fx_node, aten.batch_norm.default, arguments, fake[0])]
         if isinstance(fake, torch.Tensor):
             return self.lower_one(fx_node, target, arguments, fake)
+        if target in _SPLITS and _is_image(arguments[0], self.dtype) and arguments[2] in (1, -3):
+            return self.channels(fx_node, arguments[0], [self.shape(each)[1] for each in fake])
         # Several results: a node each, which reads the call's.
         node = self.add(fx_node.name, "aten", _runnable(target, arguments), (), self.dtype)
         results: list[Any] = []
@@ -460,6 +486,16 @@ class _Lowering:
                 results.append(result)
             else:
                 results.append(each)
+        return results
+
+    def channels(self, fx_node: torch.fx.Node, x: Node, sizes: list[int]) -> list[Node]:
+        """The channels of an image in parts that follow each other."""
+        n, _, h, w = x.shape
+        results, start = [], 0
+        for i, size in enumerate(sizes):
+            call = Call(aten.slice.Tensor, [x, 1, start, start + size, 1])
+            results.append(self.add(f"{fx_node.name}_{i}", "channels", call, (n, size, h, w), x.dtype, start=start))
+            start += size
         return results
 
     def lower_one(
@@ -510,6 +546,10 @@ def _call_with_schema(target: torch._ops.OpOverload, arguments: list[Any]) -> An
 
 def _name(argument: Any) -> str | None:
     return argument.name if isinstance(argument, Constant) else None
+
+
+def _is_image(value: Any, dtype: torch.dtype) -> bool:
+    return isinstance(value, Node) and len(value.shape) == 4 and value.dtype == dtype
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -582,13 +622,18 @@ def _mean(lowering, target, x, dims, keepdim, dtype):
 
 
 def _adaptive_avg_pool2d(lowering, target, x, size):
-    return {} if len(x.shape) == 4 and _pair(size) == (1, 1) else None
+    if len(x.shape) != 4:
+        return None
+    if _pair(size) == (1, 1):
+        return {"op": "global_avg_pool"}
+    return {"op": "mul_scalar", "value": 1.0} if tuple(_pair(size)) == x.shape[2:] else None
 
 
 def _avg_pool2d(lowering, target, x, kernel, stride, padding, ceil_mode, count_include_pad, divisor):
     if len(x.shape) != 4 or (divisor or 1) < 1:
         return None
-    if _pair(kernel) == x.shape[2:] and _pair(padding) == (0, 0) and divisor is None:
+    covers = all(k == size or (k > size and ceil_mode) for k, size in zip(_pair(kernel), x.shape[2:], strict=True))
+    if covers and _pair(padding) == (0, 0) and divisor is None:
         return {"op": "global_avg_pool"}
     window = _window(kernel, stride, padding, 1)
     return {"op": "pool2d", **window, "mean": True, "count_padding": count_include_pad, "divisor": divisor or 0}
@@ -607,8 +652,14 @@ def _window(kernel, stride, padding, dilation):
 
 
 def _cat(lowering, target, tensors, dim):
-    images = all(isinstance(t, Node) and len(t.shape) == 4 and t.dtype == lowering.dtype for t in tensors)
-    return {} if images and dim in (1, -3) else None
+    return {} if dim in (1, -3) and all(_is_image(t, lowering.dtype) for t in tensors) else None
+
+
+def _slice(lowering, target, x, dim=0, start=None, end=None, step=1):
+    if len(x.shape) != 4 or dim not in (1, -3) or step != 1:
+        return None
+    start = start or 0
+    return {"start": min(max(start + x.shape[1] if start < 0 else start, 0), x.shape[1])}
 
 
 def _pad(lowering, target, x, pads, mode="constant", value=None):
@@ -642,10 +693,11 @@ _RULES = [
     ({aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}, None, _binary),
     ({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}, None, _binary),
     ({aten.mean.dim}, "global_avg_pool", _mean),
-    ({aten.adaptive_avg_pool2d.default}, "global_avg_pool", _adaptive_avg_pool2d),
+    ({aten.adaptive_avg_pool2d.default}, None, _adaptive_avg_pool2d),
     ({aten.avg_pool2d.default}, None, _avg_pool2d),
     ({aten.max_pool2d.default}, "pool2d", _max_pool2d),
     ({aten.cat.default}, "cat", _cat),
+    ({aten.slice.Tensor}, "channels", _slice),
     ({aten.pad.default, aten.constant_pad_nd.default}, "pad", _pad),
     ({aten.expand.default, aten.expand_as.default}, "expand", _always),
     (_RESHAPES, "reshape", _always),

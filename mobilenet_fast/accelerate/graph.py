@@ -2,10 +2,10 @@
 
 Operations: ``conv2d`` and ``linear`` (dense, pointwise, depthwise: one node with weights, see :class:`Weights`),
 ``batch_norm``, ``activation``, ``add``, ``mul``, ``add_scalar``, ``mul_scalar``, ``global_avg_pool``, ``pool2d``
-(maxima or means over windows), ``cat`` (of channels), ``pad``, ``expand``, ``reshape``, ``squeeze_excite`` (its
-result is the gate), ``gate`` (x times a gate), ``input``, ``aten`` for everything else, and ``result`` for one of
-several results of such a call. Shapes are concrete: a graph belongs to one input shape. ``part`` and ``whole`` come
-with :func:`~mobilenet_fast.accelerate.batch.split_batch`."""
+(maxima or means over windows), ``cat`` (of channels), ``channels`` (some, from ``start`` on), ``pad``, ``expand``,
+``reshape``, ``squeeze_excite`` (its result is the gate), ``gate`` (x times a gate), ``input``, ``aten`` for everything
+else, and ``result`` for one of several results of such a call. Shapes are concrete: a graph belongs to one input shape.
+``part`` and ``whole`` come with :func:`~mobilenet_fast.accelerate.batch.split_batch`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+from .outputs import Structure
 
 
 @dataclass(eq=False)
@@ -88,11 +90,11 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class Weights:
-    """Names of a layer's tensors and of the batch norms folded into it: the key of packed weights."""
+    """Names of a layer's tensors, and the batch norms and factors folded into it: the key of packed weights."""
 
     weight: str
     bias: str | None
-    batch_norms: tuple[BatchNorm, ...] = ()
+    folded: tuple[BatchNorm | float, ...] = ()
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Graph:
     inputs: list[Node]
     outputs: list[Any]
     """Nodes, constant tensors and plain values."""
-    out_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec | Structure
     """How the model arranges its outputs."""
     constants: dict[str, torch.Tensor]
     """Every parameter, buffer and constant, by name."""

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _C
 from .capture import Capture
+from .outputs import Structure, holds_dataclass
 from .passes import optimise
 from .plan import PackedWeights, Plan, Report, build
 from .profile import Profile, measure
@@ -375,7 +376,7 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
     zeros, zero_kwargs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (args, kwargs))
     try:
         with torch.random.fork_rng(devices=()):
-            model(*zeros, **zero_kwargs)
+            outputs = model(*zeros, **zero_kwargs)
     except Exception as error:
         dtypes = {tensor.dtype for tensor in _state(model).values() if tensor.is_floating_point()}
         for leaf in pytree.tree_leaves((args, kwargs)):
@@ -386,7 +387,7 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
                 raise TypeError(f"accelerate: input must be {dtypes.pop()}, got {leaf.dtype}") from error
         raise ValueError(f"accelerate: the model does not take these inputs: {_first_line(error)}") from error
     try:
-        return Capture(model, args, kwargs)
+        return Capture(model, args, kwargs, Structure(outputs) if holds_dataclass(outputs) else None)
     except Exception as error:
         what, why = type(model).__name__, _first_line(error).removeprefix("accelerate: ")
         raise NotImplementedError(f"accelerate: {what} cannot be captured: {why}") from error

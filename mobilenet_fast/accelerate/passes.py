@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from .graph import Graph, Node
+from .graph import BatchNorm, Graph, Node
 
 
 def optimise(graph: Graph) -> Graph:
@@ -17,7 +17,8 @@ def optimise(graph: Graph) -> Graph:
         drop_neutral_numbers,
         recognise_activations,
         fuse_padding,
-        fold_batch_norm,
+        distribute_over_cat,
+        fold_into_weights,
         recognise_squeeze_excite,
         recognise_gates,
         fuse_residual_and_activation,
@@ -109,15 +110,61 @@ def fuse_padding(graph: Graph) -> None:
             del node.attrs["call"]
 
 
-def fold_batch_norm(graph: Graph) -> None:
-    """Batch norm after a convolution or linear layer goes into its weights."""
+def distribute_over_cat(graph: Graph) -> None:
+    """A batch norm or an activation of concatenated convolutions goes to each of them."""
     users = graph.users()
-    for conv in graph.matches(lambda n: has_kernel(n) and len(n.shape) != 3):
-        while (norm := only_user(graph, users, conv)) is not None and norm.op == "batch_norm":
+
+    def is_distributed(node: Node) -> bool:
+        cat = node.inputs[0] if node.inputs else None
+        return (
+            (node.op == "activation" or is_affine(node))
+            and cat.op == "cat"
+            and only_user(graph, users, cat) is node
+            and all(only_user(graph, users, s) is cat and (has_kernel(s) or is_affine(s)) for s in cat.inputs)
+        )
+
+    for node in graph.matches(is_distributed):
+        cat, start = node.inputs[0], 0
+        position = graph.nodes.index(cat)
+        for i, source in enumerate(cat.inputs):
+            end = start + source.shape[1]
+            attrs = {"activation": node.activation}
+            if node.op == "batch_norm":
+                attrs = {"batch_norm": _some_channels(graph, node.attrs["batch_norm"], start, end)}
+            part = Node(node.op, [source], source.shape, source.dtype, attrs, f"{node.name}_{i}")
+            graph.nodes.insert(position + i, part)
+            cat.inputs[i] = part
+            start = end
+        graph.replace(node, cat)
+        graph.nodes.remove(node)
+        users = graph.users()
+
+
+def _some_channels(graph: Graph, norm: BatchNorm, start: int, end: int) -> BatchNorm:
+    def some(name: str | None) -> str | None:
+        if name is None:
+            return None
+        part = f"{name}[{start}:{end}]"
+        graph.constants[part] = graph.constants[name][start:end]
+        return part
+
+    return BatchNorm(some(norm.weight), some(norm.bias), some(norm.mean), some(norm.var), norm.eps)
+
+
+def fold_into_weights(graph: Graph) -> None:
+    """A batch norm or a factor after a convolution or linear layer goes into its weights."""
+    users = graph.users()
+    for conv in graph.matches(has_kernel):
+        while (after := only_user(graph, users, conv)) is not None:
+            if after.op == "batch_norm" and len(conv.shape) != 3:
+                factor = after.attrs["batch_norm"]
+            elif after.op == "mul_scalar" and after.dtype == conv.dtype:
+                factor = after.attrs["value"]
+            else:
+                break
             weights = conv.attrs["weights"]
-            norms = (*weights.batch_norms, norm.attrs["batch_norm"])
-            conv.attrs["weights"] = replace(weights, batch_norms=norms)
-            _absorb(graph, conv, norm)
+            conv.attrs["weights"] = replace(weights, folded=(*weights.folded, factor))
+            _absorb(graph, conv, after)
             users = graph.users()
 
 

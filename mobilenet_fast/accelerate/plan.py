@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from .. import _C
 from .batch import split_batch
 from .blocks import fuse_blocks
-from .graph import Call, Constant, Graph, Node, Slot, Weights
+from .graph import BatchNorm, Call, Constant, Graph, Node, Slot, Weights
+from .outputs import Structure
 from .passes import has_kernel, is_affine, is_alias, is_dense, is_depthwise, is_pointwise, is_sum
 
 _ALIGNMENT = 64
@@ -45,7 +46,7 @@ class PackedWeights:
 
 
 def fold(weights: Weights, constants: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(K, C, kH, kW) weight and (K,) bias with batch norms folded in, computed in float64, in the weight's dtype."""
+    """(K, C, kH, kW) weight and (K,) bias with what follows folded in, computed in float64, in the weight's dtype."""
 
     def get(name: str | None, default: float) -> torch.Tensor | float:
         return default if name is None else constants[name].detach().double()
@@ -54,7 +55,10 @@ def fold(weights: Weights, constants: dict[str, torch.Tensor]) -> tuple[torch.Te
         original = constants[weights.weight].detach()
         weight = original
         bias = None if weights.bias is None else constants[weights.bias].detach()
-        for norm in weights.batch_norms:
+        for norm in weights.folded:
+            if isinstance(norm, float):
+                weight, bias = weight.double() * norm, None if bias is None else bias.double() * norm
+                continue
             scale = get(norm.weight, 1.0) / torch.sqrt(get(norm.var, 1.0) + norm.eps)
             weight = weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))
             bias = (0.0 if bias is None else bias.double()) - get(norm.mean, 0.0)
@@ -128,7 +132,7 @@ class Plan:
     """Which of ``leaves`` the engine's results are."""
     images: list[int]
     """Which of the engine's results have four dimensions."""
-    out_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec | Structure
     weights: list[torch.Tensor]
     """Keeps them in :class:`PackedWeights`."""
     report: Report
@@ -150,7 +154,7 @@ class Plan:
         leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         for position, result in zip(self.positions, results, strict=True):
             leaves[position] = result
-        return pytree.tree_unflatten(leaves, self.out_spec)
+        return self.out_spec.unflatten(leaves)
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
@@ -216,8 +220,16 @@ class _Builder:
                 shape = node.shape if root.storage == "part" else node.whole_shape
                 self.ids[node] = self.new_value(root.storage, shape, root=root.root or root)
                 continue
-            if not is_native(node):
+            if not is_native(node) or (
+                node.op == "channels" and self.values[self.ids[node.inputs[0]]].storage == "aten"
+            ):
                 self.aten(node)
+                continue
+            if node.op == "channels" and self.reads_in_place(node):
+                root = self.ids[node.inputs[0]]
+                value = self.values[root]
+                slice_of = {"root": value.root or value, "position": root, "channel": node.attrs["start"]}
+                self.ids[node] = self.new_value("slice", node.shape, **slice_of)
                 continue
             if node in averaged and makes_sums(node):
                 n, c, h, _ = node.shape
@@ -226,6 +238,8 @@ class _Builder:
             # What only a reshape reads is computed as that reshape.
             users = self.users[node]
             result = users[0] if node not in outputs and len(users) == 1 and is_alias(users[0]) else node
+            if len(result.shape) == 4 and result.shape[1] != _image(node.shape)[1]:
+                result = node  # its channels would not lie as this step's
             if takes_slice(node) and len(users) == 1 and users[0].op == "cat" and node not in outputs:
                 self.ids[node] = self.slice(node, users[0])
             else:
@@ -301,9 +315,16 @@ class _Builder:
         if node.parts == 1 or node in self.graph.output_nodes():
             return False
         return all(
-            user.op not in ("part", "whole") and (not is_alias(user) or self.is_local(user))
+            user.op not in ("part", "whole") and (not (is_alias(user) or user.op == "channels") or self.is_local(user))
             for user in self.users[node]
         )
+
+    def reads_in_place(self, node: Node) -> bool:
+        """Whether some of a value's channels can be read where they lie: by all their readers, at all times."""
+        source = self.values[self.ids[node.inputs[0]]]
+        if source.any_strides or node in self.graph.output_nodes():
+            return False
+        return all(reads_slice(user) and node not in user.inputs[1:] for user in self.users[node])
 
     def slice(self, node: Node, cat: Node) -> int:
         """The value of a node that is written straight into its place in a concatenation."""
@@ -324,10 +345,13 @@ class _Builder:
             x = self.values[self.ids[source]]
             if x.storage != "slice" or x.position != root:
                 target = self.new_value("slice", source.shape, root=self.values[root], position=root, channel=channel)
-                copy = {"isa": self.isa, "shape": source.shape, "folded": None, "gate": -1, "activation": "none"}
-                emit = partial(_C.Plan.add_scale_shift_act, **copy, x=self.ids[source], y=target)
+                emit = self.copy(source.shape, self.ids[source], target)
                 self.step(source, "copy into cat", "", [self.ids[source]], [target], emit)
             channel += source.shape[1]
+
+    def copy(self, shape: tuple[int, ...], x: int, y: int) -> Callable[[_C.Plan], None]:
+        plain = {"isa": self.isa, "folded": None, "gate": -1, "activation": "none"}
+        return partial(_C.Plan.add_scale_shift_act, shape=shape, x=x, y=y, **plain)
 
     def step(self, node, operation, fallback, reads, writes, emit) -> None:
         index = len(self.steps)
@@ -504,6 +528,11 @@ class _Builder:
                 x=ids[x],
                 y=ids[node],
             )
+        if node.op == "channels":
+            source = self.ids[x]
+            start = {"root": self.values[source].root or self.values[source], "channel": attrs["start"]}
+            part = self.new_value("slice", node.shape, position=source, **start)
+            return lambda engine: self.copy(node.shape, part, ids[node])(engine)  # whose number is known by then
         if node.op in ("gate", "activation") or is_affine(node):
             folded = None
             if is_affine(node):
@@ -557,7 +586,7 @@ class _Builder:
         self.step(node, _operation(node), _why_aten(node), reads, [o for o in outputs if o >= 0], emit)
 
 
-_NATIVE = ("inverted_residual", "squeeze_excite", "global_avg_pool", "pool2d", "gate", "activation", "cat")
+_NATIVE = ("inverted_residual", "squeeze_excite", "global_avg_pool", "pool2d", "gate", "activation", "cat", "channels")
 
 
 def is_native(node: Node) -> bool:
@@ -592,7 +621,13 @@ def winograd_is_faster(x_shape: tuple[int, ...], y_shape: tuple[int, ...], cache
 
 def takes_slice(node: Node) -> bool:
     """Whether the node's step can write its output into some of the channels of a larger tensor."""
-    return is_dense(node) or node.op in ("pool2d", "gate", "activation") or is_affine(node)
+    simple = ("pool2d", "gate", "activation", "channels")
+    return is_dense(node) or is_depthwise(node) or node.op in simple or is_affine(node)
+
+
+def reads_slice(node: Node) -> bool:
+    """Whether the node's step can read its first input from some of the channels of a larger tensor."""
+    return takes_slice(node) and not winograd_serves(node)
 
 
 def makes_sums(node: Node) -> bool:
@@ -637,7 +672,8 @@ def _operation(node: Node) -> str:
         name = "pointwise_conv2d" if is_pointwise(node) else "depthwise_conv2d" if is_depthwise(node) else "conv2d"
     else:
         name = node.attrs["call"].target._schema.name if node.op == "aten" else node.op
-    parts = [name, *(["batch_norm"] if "weights" in node.attrs and node.attrs["weights"].batch_norms else [])]
+    folded = node.attrs["weights"].folded if "weights" in node.attrs else ()
+    parts = [name, *(["batch_norm"] if any(isinstance(each, BatchNorm) for each in folded) else [])]
     parts += [extra for extra in ("gate", "residual") if node.attrs.get(extra)]
     parts += [node.activation] if node.activation != "none" else []
     return " + ".join(parts)

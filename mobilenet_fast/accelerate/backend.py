@@ -1,0 +1,187 @@
+"""``torch.compile(model, backend="mobilenet_fast")``, which torch finds by the package's entry point."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .. import reference
+from .module import AcceleratedModule
+
+_log = logging.getLogger(__name__)
+_MAX_WEIGHTS = 8
+
+
+def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None) -> Callable:
+    """What TorchDynamo calls for each graph that it captures.
+
+    The graph runs as :func:`accelerate` runs a model: as plans, made at the first call with each set of input shapes.
+    Weights are packed once for each set of parameters and buffers, and again after one of them was written to. Graphs
+    that need gradients, and those that are not for float32 or float64 tensors on the CPU, that run under autocast,
+    that write to their inputs or weights, or that cannot be captured, run in PyTorch; the log says why (logger
+    ``mobilenet_fast.accelerate.backend``, level INFO).
+
+    Args:
+        graph: what the graph's operations are.
+        inputs: examples of the graph's inputs, parameters and buffers among them.
+        options: ``{"strict": True}`` raises NotImplementedError where something would run in PyTorch for another reason
+            than gradients, as the argument of :func:`accelerate` does.
+
+    Returns:
+        A function of the graph's inputs.
+
+    Raises:
+        ValueError: there is no such option.
+    """
+    options = dict(options or {})
+    strict = options.pop("strict", False)
+    if options:
+        raise ValueError(f"mobilenet_fast backend: options may have strict, got {', '.join(map(repr, options))}")
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        _log.info("a graph runs in PyTorch: it needs gradients")
+        return graph.forward
+    why = _why_not(tensors)
+    if why is None:
+        return _CompiledGraph(graph, strict)
+    if strict:
+        raise NotImplementedError(f"mobilenet_fast backend: {why}")
+    _log.info("a graph runs in PyTorch: %s", why)
+    return graph.forward
+
+
+def _why_not(tensors: list[Tensor]) -> str | None:
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return f"an input is {tensor.layout} on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+            return f"an input is {tensor.dtype}"
+    if not any(tensor.is_floating_point() for tensor in tensors):
+        return "no input is float32 or float64"
+    return None
+
+
+class _CompiledGraph:
+    """Runs a graph on the accelerated form that has the weights of the call."""
+
+    def __init__(self, graph: fx.GraphModule, strict: bool):
+        self.graph, self.strict = graph, strict
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        is_weight = [bool(p.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")) for p in placeholders]
+        self.weight_positions = [i for i, weight in enumerate(is_weight) if weight]
+        sizes = {i for i, p in enumerate(placeholders) if isinstance(p.meta.get("example_value"), torch.SymInt)}
+        self.plain, self.derived = _for_export(graph, sizes)
+        self.input_positions = [i for i, weight in enumerate(is_weight) if not weight and i not in self.derived]
+        self.forms: list[_Form] = []
+        self.refused = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.refused:
+            return self.graph(*args)
+        weights = [args[i] for i in self.weight_positions]
+        inputs = [args[i] for i in self.input_positions]
+        form = next((form for form in self.forms if form.has(weights)), None)
+        if form is None:
+            form = self.form(weights, inputs)
+            if form is None:
+                return self.graph(*args)
+        return form.fast(*inputs)
+
+    def form(self, weights: list[Tensor], inputs: list[Any]) -> _Form | None:
+        module = _WithWeights(self.plain, self.weight_positions, weights, self.input_positions)
+        form = _Form(AcceleratedModule(module, strict=self.strict), weights)
+        try:
+            why = form.fast._plan(tuple(inputs), {})[1].capture.touches_inputs
+            if why and self.strict:
+                raise NotImplementedError(f"mobilenet_fast backend: the graph {why}")
+        except NotImplementedError as error:
+            if self.strict:
+                raise
+            why = str(error)
+        if why:
+            _log.info("a graph runs in PyTorch: %s", why)
+            self.refused = True
+            return None
+        # The same tensors with other values, and those that have been away longest, make room.
+        self.forms = [form, *(f for f in self.forms if not f.is_of(weights))][:_MAX_WEIGHTS]
+        return form
+
+
+class _Form:
+    """A graph with weights packed, and which those were."""
+
+    def __init__(self, fast: AcceleratedModule, weights: list[Tensor]):
+        self.fast, self.weights, self.versions = fast, weights, _versions(weights)
+
+    def is_of(self, weights: list[Tensor]) -> bool:
+        return all(map(is_, self.weights, weights))
+
+    def has(self, weights: list[Tensor]) -> bool:
+        return self.is_of(weights) and self.versions == _versions(weights)
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    """How often each was written to; tensors made in inference mode don't count."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+class _WithWeights(nn.Module):
+    """A graph that takes some of its inputs from its own buffers."""
+
+    def __init__(self, graph: fx.GraphModule, positions: list[int], weights: list[Tensor], inputs: list[int]):
+        super().__init__()
+        self.graph, self.inputs = graph, inputs
+        self.names = {}
+        for position, weight in zip(positions, weights, strict=True):
+            self.names[position] = name = f"weight_{position}"
+            self.register_buffer(name, weight.detach())
+        self.eval()
+
+    def forward(self, *inputs: Any) -> Any:
+        given = dict(zip(self.inputs, inputs, strict=True)) | {i: getattr(self, n) for i, n in self.names.items()}
+        return self.graph(*(given[i] for i in sorted(given)))
+
+
+def _for_export(graph: fx.GraphModule, sizes: set[int]) -> tuple[fx.GraphModule, set[int]]:
+    """A copy of the graph without our own operators, and without those inputs that are but a size of another input;
+    and which those are. With sizes read from tensors, one capture serves every batch.
+    """
+    copied = fx.Graph()
+    output = copied.graph_copy(graph.graph, values := {})
+    copied.output(output)
+    for node in copied.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if "mobilenet_fast" in getattr(node.target, "__module__", "") and hasattr(reference, name.split(".")[0]):
+            node.target = getattr(reference, name.split(".")[0])
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    last = values[placeholders[-1]] if placeholders else None
+    derived = set()
+    for i in sizes:
+        found = _dimension_of(placeholders[i].meta["example_value"], placeholders)
+        if found is None:
+            continue
+        source, dim = found
+        with copied.inserting_after(last):
+            size = copied.call_method("size", (values[source], dim))
+        values[placeholders[i]].replace_all_uses_with(size)
+        copied.erase_node(values[placeholders[i]])
+        derived.add(i)
+    return fx.GraphModule(graph, copied), derived
+
+
+def _dimension_of(size: torch.SymInt, placeholders: list[fx.Node]) -> tuple[fx.Node, int] | None:
+    for node in placeholders:
+        value = node.meta.get("example_value")
+        if not isinstance(value, Tensor):
+            continue
+        for dim, other in enumerate(value.shape):
+            if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
+                return node, dim
+    return None
