@@ -43,8 +43,9 @@ def image(n=2, c=8, h=9, w=7, seed=1):
     return 3 * torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(seed))
 
 
-def check(model, *args, fast=None, fallbacks=None, steps=None, **kwargs):
-    """Holds an accelerated model to the original in float64: each output may err by four times eager's error."""
+def check(model, *args, fast=None, fallbacks=None, steps=None, allowed=1e-6, **kwargs):
+    """Holds an accelerated model to the original in float64: each output may err by four times eager's error, or by
+    what is allowed of the largest value."""
     model = model.eval()
     fast = accelerate(model) if fast is None else fast
 
@@ -66,7 +67,7 @@ def check(model, *args, fast=None, fallbacks=None, steps=None, **kwargs):
         elif y.numel():
             largest = y64.abs().max()
             error, eager_error = ((z.double() - y64).abs().max() for z in (y, y32))
-            assert error <= max(1e-6 * largest, 4 * eager_error), f"errs by {error / largest:.1e}"
+            assert error <= max(allowed * largest, 4 * eager_error), f"errs by {error / largest:.1e}"
     report = fast.explain()
     if fallbacks is not None:
         assert [row.operation for row in report.fallbacks] == fallbacks, str(report)
@@ -361,9 +362,10 @@ CHANNEL_LAYERS = {
     "pointwise": (lambda c: nn.Conv2d(c, 9, 1), "pointwise_conv2d"),
     "depthwise": (lambda c: nn.Conv2d(c, c, 3, padding=1, groups=c), "depthwise_conv2d"),
     "depthwise, stride 2": (lambda c: nn.Conv2d(c, c, 5, 2, 2, groups=c), "depthwise_conv2d"),
-    "dense": (lambda c: nn.Conv2d(c, 6, 3, padding=1), "conv2d"),
-    "winograd": (lambda c: nn.Sequential(nn.Conv2d(c, 40, 1), nn.Conv2d(40, 40, 3, padding=1)), None),
-    "pool": (lambda c: nn.MaxPool2d(2), "pool2d"),
+    "dense": (lambda c: nn.Conv2d(c, 6, (3, 1), padding=(1, 0)), "conv2d"),
+    "dense of 2x2": (lambda c: nn.Conv2d(c, 6, 2), "conv2d"),
+    "winograd": (lambda c: nn.Conv2d(c, 40, 3, padding=1), None),
+    "pool": (lambda c: nn.MaxPool2d(3, 1, 1), "pool2d"),
     "batch norm": (lambda c: nn.BatchNorm2d(c), "batch_norm"),
     "hardswish": (lambda c: nn.Hardswish(), "hardswish"),
     "nothing": (lambda c: nn.Identity(), None),
@@ -399,9 +401,9 @@ def test_channels_are_read_and_written_where_they_lie(split, layer):
 
     middle = None if operation is None else [operation] * len(sizes)
     steps = middle and ["pointwise_conv2d + relu", *middle, "pointwise_conv2d"]
-    fast = check(seeded(network), image(), steps=steps)
+    fast = check(seeded(network), image(), steps=steps, allowed=1e-5)
     for n in (1, 8):  # eight images run one by one
-        check(fast._model, image(n), fast=fast)
+        check(fast._model, image(n), fast=fast, allowed=1e-5)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -15,6 +15,7 @@ from .module import AcceleratedModule
 
 _log = logging.getLogger(__name__)
 _MAX_WEIGHTS = 8
+_MAX_NUMBERS = 8
 
 
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict[str, Any] | None = None) -> Callable:
@@ -76,10 +77,10 @@ class _CompiledGraph:
         placeholders = graph.graph.find_nodes(op="placeholder")
         is_weight = [bool(p.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")) for p in placeholders]
         self.weight_positions = [i for i, weight in enumerate(is_weight) if weight]
-        sizes = {i for i, p in enumerate(placeholders) if isinstance(p.meta.get("example_value"), torch.SymInt)}
-        self.plain, self.derived = _for_export(graph, sizes)
-        self.input_positions = [i for i, weight in enumerate(is_weight) if not weight and i not in self.derived]
+        self.plain, derived, self.numbers = _for_export(graph)
+        self.input_positions = [i for i, weight in enumerate(is_weight) if not weight and i not in derived]
         self.forms: list[_Form] = []
+        self.seen: set[tuple] = set()  # numbers, each of which takes a capture of its own
         self.refused = False
 
     def __call__(self, *args: Any) -> Any:
@@ -87,6 +88,12 @@ class _CompiledGraph:
             return self.graph(*args)
         weights = [args[i] for i in self.weight_positions]
         inputs = [args[i] for i in self.input_positions]
+        if self.numbers:
+            inputs = [args[i].item() if i in self.numbers else args[i] for i in self.input_positions]
+            self.seen.add(tuple(value for value in inputs if not isinstance(value, Tensor)))
+            if len(self.seen) > _MAX_NUMBERS:
+                self.refuse("its numbers change all the time")
+                return self.graph(*args)
         form = next((form for form in self.forms if form.has(weights)), None)
         if form is None:
             form = self.form(weights, inputs)
@@ -106,12 +113,15 @@ class _CompiledGraph:
                 raise
             why = str(error)
         if why:
-            _log.info("a graph runs in PyTorch: %s", why)
-            self.refused = True
+            self.refuse(why)
             return None
         # The same tensors with other values, and those that have been away longest, make room.
         self.forms = [form, *(f for f in self.forms if not f.is_of(weights))][:_MAX_WEIGHTS]
         return form
+
+    def refuse(self, why: str) -> None:
+        _log.info("a graph runs in PyTorch: %s", why)
+        self.refused, self.forms = True, []
 
 
 class _Form:
@@ -149,31 +159,41 @@ class _WithWeights(nn.Module):
         return self.graph(*(given[i] for i in sorted(given)))
 
 
-def _for_export(graph: fx.GraphModule, sizes: set[int]) -> tuple[fx.GraphModule, set[int]]:
-    """A copy of the graph without our own operators, and without those inputs that are but a size of another input;
-    and which those are. With sizes read from tensors, one capture serves every batch.
+def _for_export(graph: fx.GraphModule) -> tuple[fx.GraphModule, set[int], set[int]]:
+    """A copy of the graph without our own operators, where sizes come from the tensors that have them, so that one
+    capture serves every batch, and numbers are numbers. Which inputs are but such sizes, and which are numbers in
+    tensors, comes with it.
     """
     copied = fx.Graph()
-    output = copied.graph_copy(graph.graph, values := {})
-    copied.output(output)
+    copied.output(copied.graph_copy(graph.graph, {}))
     for node in copied.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if "mobilenet_fast" in getattr(node.target, "__module__", "") and hasattr(reference, name.split(".")[0]):
             node.target = getattr(reference, name.split(".")[0])
-    placeholders = graph.graph.find_nodes(op="placeholder")
-    last = values[placeholders[-1]] if placeholders else None
-    derived = set()
+    placeholders = copied.find_nodes(op="placeholder")
+    sizes, numbers = set(), set()
+    for i, node in enumerate(placeholders):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt) and (found := _dimension_of(value, placeholders)) is not None:
+            sizes.add(i)
+            with copied.inserting_after(placeholders[-1]):
+                node.replace_all_uses_with(copied.call_method("size", found))
+        elif _is_number(node):
+            numbers.add(i)
+            for user in list(node.users):
+                user.replace_all_uses_with(node)
+                copied.erase_node(user)
     for i in sizes:
-        found = _dimension_of(placeholders[i].meta["example_value"], placeholders)
-        if found is None:
-            continue
-        source, dim = found
-        with copied.inserting_after(last):
-            size = copied.call_method("size", (values[source], dim))
-        values[placeholders[i]].replace_all_uses_with(size)
-        copied.erase_node(values[placeholders[i]])
-        derived.add(i)
-    return fx.GraphModule(graph, copied), derived
+        copied.erase_node(placeholders[i])
+    return fx.GraphModule(graph, copied), sizes, numbers
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether an input is a Python number that Dynamo put into a tensor, since another may come."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, Tensor) or value.dim() > 0 or not node.users:
+        return False
+    return all(user.op == "call_method" and user.target == "item" for user in node.users)
 
 
 def _dimension_of(size: torch.SymInt, placeholders: list[fx.Node]) -> tuple[fx.Node, int] | None:
