@@ -442,6 +442,18 @@ def test_batch_norm_of_concatenated_values_that_others_read():
     check(seeded(lambda: Net(forward, **layers)), image(), fallbacks=[])
 
 
+@pytest.mark.parametrize("groups, out_channels", [(2, 32), (3, 51), (2, 200)])
+def test_wide_groups(groups, out_channels):
+    def build():
+        conv = nn.Conv2d(51 * groups, out_channels * groups, 3, 2, 1, groups=groups)
+        return nn.Sequential(nn.Conv2d(8, 51 * groups, 1), conv, nn.BatchNorm2d(out_channels * groups), nn.ReLU())
+
+    steps = ["pointwise_conv2d", *["conv2d + batch_norm + relu"] * groups]
+    fast = check(seeded(build), image(), steps=steps)
+    check(fast._model, image(8), fast=fast)
+    assert sum(row.macs for row in fast.explain().rows) == 8 * 51 * groups * (8 * 63 + 9 * out_channels * 20)
+
+
 def test_factors_go_into_the_weights():
     def forward(self, x):
         y = F.relu(x + 0.17 * self.norm(self.a(x)))

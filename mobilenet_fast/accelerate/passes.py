@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from .graph import BatchNorm, Graph, Node
+import torch
+
+from .graph import BatchNorm, Call, Graph, Node, Weights
 
 
 def optimise(graph: Graph) -> Graph:
@@ -17,6 +19,7 @@ def optimise(graph: Graph) -> Graph:
         drop_neutral_numbers,
         recognise_activations,
         fuse_padding,
+        split_groups,
         distribute_over_cat,
         fold_into_weights,
         recognise_squeeze_excite,
@@ -110,6 +113,34 @@ def fuse_padding(graph: Graph) -> None:
             del node.attrs["call"]
 
 
+# Of a group's inputs and outputs: with fewer, vectors of a product would be mostly empty.
+_LEAST_CHANNELS = 16
+
+
+def split_groups(graph: Graph) -> None:
+    """A convolution in wide groups becomes one for each, of some of the channels."""
+    for conv in graph.matches(lambda n: n.op == "conv2d" and not has_kernel(n)):
+        x, weights, groups = conv.inputs[0], conv.attrs["weights"], conv.attrs["groups"]
+        c, k = x.shape[1] // groups, conv.shape[1] // groups
+        if min(c, k) < _LEAST_CHANNELS:
+            continue
+        attrs = {name: value for name, value in conv.attrs.items() if name != "call"} | {"groups": 1}
+        position, parts = graph.nodes.index(conv), []
+        for i in range(groups):
+            call = Call(torch.ops.aten.slice.Tensor, [x, 1, i * c, (i + 1) * c, 1])
+            shape = (x.shape[0], c, *x.shape[2:])
+            channels = Node("channels", [x], shape, x.dtype, {"call": call, "start": i * c}, f"{x.name}_{i}")
+            own = [_some(graph, name, i * k, (i + 1) * k) for name in (weights.weight, weights.bias)]
+            shape = (conv.shape[0], k, *conv.shape[2:])
+            part = Node("conv2d", [channels], shape, conv.dtype, attrs | {"weights": Weights(*own)}, f"{conv.name}_{i}")
+            graph.nodes[position:position] = channels, part
+            position += 2
+            parts.append(part)
+        cat = Node("cat", parts, conv.shape, conv.dtype, name=conv.name)
+        graph.nodes[position] = cat
+        graph.replace(conv, cat)
+
+
 def distribute_over_cat(graph: Graph) -> None:
     """A batch norm or an activation of concatenated convolutions goes to each of them."""
     users = graph.users()
@@ -141,14 +172,17 @@ def distribute_over_cat(graph: Graph) -> None:
 
 
 def _some_channels(graph: Graph, norm: BatchNorm, start: int, end: int) -> BatchNorm:
-    def some(name: str | None) -> str | None:
-        if name is None:
-            return None
-        part = f"{name}[{start}:{end}]"
-        graph.constants[part] = graph.constants[name][start:end]
-        return part
+    names = (norm.weight, norm.bias, norm.mean, norm.var)
+    return BatchNorm(*(_some(graph, name, start, end) for name in names), norm.eps)
 
-    return BatchNorm(some(norm.weight), some(norm.bias), some(norm.mean), some(norm.var), norm.eps)
+
+def _some(graph: Graph, name: str | None, start: int, end: int) -> str | None:
+    """The name that some rows of a constant get."""
+    if name is None:
+        return None
+    part = f"{name}[{start}:{end}]"
+    graph.constants[part] = graph.constants[name][start:end]
+    return part
 
 
 def fold_into_weights(graph: Graph) -> None:

@@ -346,7 +346,8 @@ class _Builder:
             if x.storage != "slice" or x.position != root:
                 target = self.new_value("slice", source.shape, root=self.values[root], position=root, channel=channel)
                 emit = self.copy(source.shape, self.ids[source], target)
-                self.step(source, "copy into cat", "", [self.ids[source]], [target], emit)
+                copied = Node("copy", [source], source.shape, source.dtype, name=source.name, parts=source.parts)
+                self.step(copied, "copy into cat", "", [self.ids[source]], [target], emit)
             channel += source.shape[1]
 
     def copy(self, shape: tuple[int, ...], x: int, y: int) -> Callable[[_C.Plan], None]:
@@ -379,7 +380,8 @@ class _Builder:
         def emit(engine: _C.Plan) -> None:
             engine.add_aten(target._schema.name, target._schema.overload_name, [_C.ValueRef(source), None], [copied])
 
-        self.step(output, "copy", "an output that is also read in another shape", [source], [copied], emit)
+        copy = Node("copy", [output], output.shape, output.dtype, name=output.name, parts=output.parts)
+        self.step(copy, "copy", "an output that is also read in another shape", [source], [copied], emit)
         return copied
 
     def widen_lifetimes(self) -> None:
