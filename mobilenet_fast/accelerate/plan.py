@@ -257,7 +257,15 @@ class _Builder:
             engine.parts = node.parts
             emit(engine)
         rows = tuple(
-            Row(node.name, operation, node.whole_shape, kernel, fallback, _macs(node, self.graph.constants), size)
+            Row(
+                node.name,
+                operation,
+                node.whole_shape,
+                kernel,
+                fallback,
+                _macs(node, operation, self.graph.constants),
+                size,
+            )
             for (node, operation, fallback, size), kernel in zip(self.rows, engine.describe(), strict=True)
         )
         parts = max((node.parts for node, *_ in self.rows), default=1)
@@ -600,12 +608,14 @@ def makes_sums(node: Node) -> bool:
     return is_depthwise(node) or (node.op == "inverted_residual" and node.attrs["project"] is None)
 
 
-def _macs(node: Node, constants: dict[str, torch.Tensor]) -> int:
+def _macs(node: Node, operation: str, constants: dict[str, torch.Tensor]) -> int:
     attrs = node.attrs
 
     def size(*names: str) -> int:
         return sum(constants[attrs[name].weight].numel() for name in names if attrs.get(name) is not None)
 
+    if operation == "copy into cat":  # the node's own step has computed it
+        return 0
     if node.op in ("conv2d", "linear"):  # each weight meets every output pixel
         pixels = torch.Size(node.whole_shape).numel() // max(1, node.shape[1 if node.op == "conv2d" else -1])
         return size("weights") * pixels
