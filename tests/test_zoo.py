@@ -6,9 +6,8 @@ from torch import nn
 from benchmarks import __main__ as command
 from benchmarks import zoo
 from benchmarks.cases import CASES
-from benchmarks.cases.networks import network
 from benchmarks.cases.registry import Case
-from benchmarks.cases.zoo import OURS, ZOO, Entry, copy_of
+from benchmarks.cases.zoo import OURS, ZOO, Entry, copy_of, network
 from benchmarks.timing import Result
 from mobilenet_fast import models
 

@@ -4,11 +4,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from benchmarks import third_party
-from benchmarks.cases.networks import PLAIN, network, randomise, timm, torchvision
-from benchmarks.cases.registry import case
+from benchmarks.cases.networks import PLAIN, randomise, timm, torchvision
+from benchmarks.cases.registry import Problem, case
 
 
 class Part(nn.Module):
@@ -20,6 +21,18 @@ class Part(nn.Module):
 
     def forward(self, x):
         return self.module(x)[self.key]
+
+
+def network(build: Callable[[], nn.Module], size: int) -> Callable[[int], Problem]:
+    def make(batch):
+        return Problem(randomise(build(), size), [picture(batch, size) for _ in range(4)])
+
+    return make
+
+
+def picture(batch: int, size: int) -> torch.Tensor:
+    """Noise of a brightness and contrast of its own: noise alone looks all the same to some deep networks."""
+    return torch.randn(batch, 3, size, size) * (0.5 + torch.rand(batch, 1, 1, 1)) + torch.randn(batch, 3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -132,7 +145,7 @@ TORCHVISION = (
     "mobilenet_v2",
     "mobilenet_v3_large",
 )
-B0 = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224}
+B0 = {"num_labels": 1000, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224}
 OTHERS = [
     *(Entry(f"timm {name}", timm(name), size) for name, size in TIMM.items()),
     Entry("timm mobileone_s0, reparameterised", reparameterised("mobileone_s0")),
@@ -141,13 +154,19 @@ OTHERS = [
     Entry("torchvision ssdlite320_mobilenet_v3_large, backbone", ssd_backbone("ssdlite320_mobilenet_v3_large"), 320),
     Entry("efficientnet-lite-pytorch efficientnet-lite0", efficientnet_lite_pytorch("efficientnet-lite0")),
     Entry("transformers MobileNetV1Model", transformers("MobileNetV1Model", "pooler_output")),
-    Entry("transformers MobileNetV1ForImageClassification", transformers("MobileNetV1ForImageClassification")),
-    Entry("transformers MobileNetV2ForImageClassification", transformers("MobileNetV2ForImageClassification")),
+    Entry(
+        "transformers MobileNetV1ForImageClassification",
+        transformers("MobileNetV1ForImageClassification", num_labels=1000),
+    ),
+    Entry(
+        "transformers MobileNetV2ForImageClassification",
+        transformers("MobileNetV2ForImageClassification", num_labels=1000),
+    ),
     Entry("transformers EfficientNetForImageClassification", transformers("EfficientNetForImageClassification", **B0)),
 ]
 
 ZOO: dict[str, Entry] = {entry.ours or entry.source: entry for entry in [*OURS, *OTHERS]}
 
-_recipe = inspect.getsource(randomise) + inspect.getsource(network)
+_recipe = inspect.getsource(randomise) + inspect.getsource(network) + inspect.getsource(picture)
 for _name, _entry in ZOO.items():
     case("zoo", _name, _recipe)(network(_entry.build, _entry.size))
