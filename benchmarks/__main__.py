@@ -1,4 +1,4 @@
-"""``python -m benchmarks [models|layers|operators|demo]``: see --help."""
+"""``python -m benchmarks [models|layers|operators|demo|zoo]``: see --help."""
 
 import argparse
 import os
@@ -47,23 +47,36 @@ def parse(arguments):
     parser = argparse.ArgumentParser("benchmarks", description="Times this package against others on the CPU.")
     parser.add_argument("suite", nargs="?", default="models", choices=SUITES)
     parser.add_argument(
-        "--case", nargs="+", metavar="WORD", help="only cases whose name, or a layer's model, has a word"
+        "--case", "--only", nargs="+", metavar="WORD", help="only cases whose name, or a layer's model, has a word"
     )
     parser.add_argument("--peer", nargs="+", metavar="WORD", help="only peers whose name contains a word")
     counts = sorted({1, len(os.sched_getaffinity(0))})
-    parser.add_argument("--threads", nargs="+", type=thread_count, default=counts, help="default: 1 and all")
+    parser.add_argument(
+        "--threads", nargs="+", type=thread_count, help="default: 1 and all; for zoo, which takes one, all"
+    )
     parser.add_argument("--batch", nargs="+", type=positive, default=[1])
     parser.add_argument(
         "--rounds", type=positive, default=15, help="how many times each peer has its turn (%(default)s)"
     )
     parser.add_argument("--seconds", type=duration, default=0.2, help="length of a turn (%(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for JSON, CSV, PNG")
+    parser.add_argument(
+        "--out", type=Path, help="folder for JSON, CSV, PNG, benchmarks/results; zoo's file, docs/models.md"
+    )
     parser.add_argument("--skip-tests", action="store_true", help="measure without running the kernels' tests first")
+    parser.add_argument("--skip-latency", action="store_true", help="zoo: counts, parity and kernels alone")
     parser.add_argument("--list", action="store_true", help="list cases and peers")
     options = parser.parse_args(arguments)
-    for name in ("case", "peer", "batch", "out"):
-        if options.suite == "demo" and vars(options)[name] != parser.get_default(name):
-            parser.error(f"demo takes no --{name}")
+    others = {"demo": ("case", "peer", "batch", "out", "skip_latency"), "zoo": ("batch",)}
+    for name in others.get(options.suite, ("skip_latency",)):
+        if vars(options)[name] != parser.get_default(name):
+            parser.error(f"{options.suite} takes no --{name.replace('_', '-')}")
+    if options.suite == "zoo":
+        options.threads = options.threads or counts[-1:]
+        options.out = options.out or ROOT / "docs" / "models.md"
+        if len(options.threads) > 1:
+            parser.error("zoo takes one number of --threads")
+    options.threads = options.threads or counts
+    options.out = options.out or ROOT / "benchmarks" / "results"
     return options
 
 
@@ -92,8 +105,12 @@ def main(arguments=None):
         from benchmarks import demo
 
         return demo.main(options)
-    if not (options.skip_tests or kernels_pass()):
+    if not (options.skip_tests or options.skip_latency or kernels_pass()):
         return 1
+    if options.suite == "zoo":
+        from benchmarks import zoo
+
+        return zoo.main(options, cases, peers)
 
     results, start = [], time.monotonic()
     runs = [(case, threads, batch) for threads in options.threads for batch in options.batch for case in cases]

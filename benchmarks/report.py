@@ -15,7 +15,7 @@ from benchmarks.cases.registry import version
 from benchmarks.peers import PEERS
 from benchmarks.timing import ROOT, Result
 
-PACKAGES = ("mobilenet_fast", "torch", "torchvision", "timm", "numpy", "matplotlib")
+PACKAGES = ("mobilenet_fast", "torch", "torchvision", "timm", "transformers", "numpy", "matplotlib")
 BASELINE = "eager channels_last"
 
 

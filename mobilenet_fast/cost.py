@@ -13,7 +13,7 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -174,11 +174,16 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
     def macs(name: str) -> int:
         return sum(counted.get(f"{root}.{name}" if name else root, {}).values()) // 2
 
+    def called(module: nn.Module) -> Iterator[nn.Module]:
+        """Its children, and in the place of those that are only kept in it, such as lists, theirs."""
+        for child in module.children():
+            yield from (child,) if child in order else called(child)
+
     layers, owned = [], set()
     names = {module: name for name, module in model.named_modules()}
     for module, shape in order.items():
         name = names[module]
-        children = [macs(f"{name}.{child}" if name else child) for child, _ in module.named_children()]
+        children = [macs(names[child]) for child in called(module)]
         own = [p for p in module.parameters(recurse=False) if id(p) not in owned]
         owned.update(map(id, own))
         layer = Layer(

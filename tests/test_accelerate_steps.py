@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_accelerate_graphs import Net, check, image, seeded
 from torch import nn
 
-from mobilenet_fast import _C, accelerate
+from mobilenet_fast import _C, accelerate, cost
 from mobilenet_fast.accelerate import plan
 
 
@@ -87,6 +87,13 @@ def test_concatenation(kind, threads):
         check(model, image(3, h=6, w=11), fast=fast)
         check(model, image(1), fast=fast)
         check(model, image(0), fast=fast)
+
+
+def test_copies_into_a_concatenation_multiply_nothing():
+    model = seeded(lambda: Net(branches, **layers()))
+    report = accelerate(model, image()).explain()
+    assert any(row.operation == "copy into cat" for row in report.rows)
+    assert sum(row.macs for row in report.rows) == cost.count(model, image().shape).macs
 
 
 SIZES = [(1, 1), (4, 4), (7, 7), (9, 6), (13, 18)]

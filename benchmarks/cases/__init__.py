@@ -1,11 +1,11 @@
 """What is run: whole models, each of their convolutions, and single operators in the shapes of MobileNetV3 and V2."""
 
-from benchmarks.cases import layers, networks, operators  # noqa: F401  they register their cases
+from benchmarks.cases import layers, networks, operators, zoo  # noqa: F401  they register their cases
 from benchmarks.cases.registry import CASES, Case, Problem
 
 __all__ = ["CASES", "SUITES", "Case", "Problem", "cases_of", "find_case"]
 
-SUITES = ("models", "layers", "operators", "demo")
+SUITES = ("models", "layers", "operators", "demo", "zoo")
 
 
 def cases_of(suite: str) -> list[Case]:

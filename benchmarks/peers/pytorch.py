@@ -17,7 +17,7 @@ def eager_channels_last(problem, threads):
     return copy.deepcopy(problem.module).to(memory_format=torch.channels_last)
 
 
-@peer("torch.compile freezing", suites=("demo", "models", "operators"))
+@peer("torch.compile freezing", suites=("demo", "models", "operators", "zoo"))
 def compile_freezing(problem, threads):
     import torch._inductor.config
 

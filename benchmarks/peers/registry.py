@@ -12,7 +12,7 @@ import torch
 from benchmarks.cases import Case, Problem
 from benchmarks.cases.registry import version
 
-EVERYWHERE = ("demo", "models", "layers", "operators")
+EVERYWHERE = ("demo", "models", "layers", "operators", "zoo")
 
 
 class Unsupported(Exception):

@@ -15,7 +15,7 @@ def replace_layers(problem, threads):
 
 
 # Networks get the image as users have it; between layers maps are channels_last.
-@peer("accelerate", suites=("demo", "models"), ours=True)
+@peer("accelerate", suites=("demo", "models", "zoo"), ours=True)
 @peer("accelerate channels_last", suites=("layers",), given=channels_last, ours=True)
 def accelerate(problem, threads):
     import mobilenet_fast

@@ -5,17 +5,29 @@ from .blocks import ConvNormAct, InvertedResidual, SeparableConv2d, StochasticDe
 from .conv2d_same import Conv2dSame
 from .depthwise import DepthwiseConv2d
 from .fusion import FusedSequential
+from .inception import (
+    CanonicalInception,
+    InceptionSegments,
+    InceptionTowers,
+    NaiveInception,
+    ReducedInception,
+)
 from .pointwise import PointwiseConv2d
 from .squeeze_excite import SqueezeExcitation
 
 __all__ = [
     "BatchNormAct2d",
+    "CanonicalInception",
     "Conv2dSame",
     "ConvNormAct",
     "DepthwiseConv2d",
     "FusedSequential",
+    "InceptionSegments",
+    "InceptionTowers",
     "InvertedResidual",
+    "NaiveInception",
     "PointwiseConv2d",
+    "ReducedInception",
     "SeparableConv2d",
     "SqueezeExcitation",
     "StochasticDepth",

@@ -1,0 +1,233 @@
+"""The tables of docs/models.md: what each model costs, how right and how fast it is, and what runs in our kernels.
+
+``python -m benchmarks zoo`` examines each in a process of its own, ``python -m benchmarks.zoo NAME``, which prints a
+line of JSON.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from benchmarks import report
+from benchmarks.cases import Case, find_case
+from benchmarks.cases.zoo import ZOO
+from benchmarks.peers import Peer
+from benchmarks.timing import ROOT, Result, environment, measure, verbose
+
+# Millions of parameters and of multiply-accumulates, as the papers state them; EfficientNet-Lite's are its authors'.
+PAPERS = {
+    "mobilenet_v1": ("4.2", "569"),
+    "mobilenet_v2": ("3.4", "300"),
+    "mobilenet_v3_large": ("5.4", "219"),
+    "mobilenet_v3_small": ("2.5", "56"),
+    "mnasnet_a1": ("3.9", "312"),
+    "efficientnet_b0": ("5.3", "390"),
+    "efficientnet_b1": ("7.8", "700"),
+    "efficientnet_b2": ("9.2", "1,000"),
+    "efficientnet_b3": ("12", "1,800"),
+    "efficientnet_b4": ("19", "4,200"),
+    "efficientnet_b5": ("30", "9,900"),
+    "efficientnet_b6": ("43", "19,000"),
+    "efficientnet_b7": ("66", "37,000"),
+    "efficientnet_lite0": ("4.7", "407"),
+    "efficientnet_lite1": ("5.4", "631"),
+    "efficientnet_lite2": ("6.1", "899"),
+    "efficientnet_lite3": ("8.2", "1,440"),
+    "efficientnet_lite4": ("13.0", "2,640"),
+    "googlenet": ("7.0", "1,502"),
+    "inception_v3": ("< 25", "5,000"),
+    "xception": ("22.86", ""),
+}
+
+
+@dataclass
+class Row:
+    """What was found out about a model; ``failed`` says why the rest is missing."""
+
+    name: str
+    parameters: int | None = None
+    macs: int | None = None
+    reference: list[int] | None = None  # parameters and multiply-accumulates of what ours is a copy of
+    error: float | None = None  # largest difference from float64, as a share of the largest output
+    eager_error: float | None = None
+    allowed: float | None = None
+    share: float | None = None  # of the multiply-accumulates, those of steps with a kernel of ours
+    steps: int | None = None
+    native: int | None = None  # steps with a kernel of ours
+    fallbacks: dict[str, int] = field(default_factory=dict)  # operation and reason → steps
+    failed: str | None = None
+
+
+@torch.no_grad()
+def examine(case: Case) -> Row:
+    """Counts, accelerates and checks a model: ours with the weights of the network that it is a copy of."""
+    from mobilenet_fast import accelerate, cost, models
+
+    entry, row = ZOO[case.name], Row(case.name)
+    try:
+        problem = case.problem(1)
+        model, size = problem.module, problem.inputs[0].shape
+        found = cost.count(model, size)
+        if entry.ours:
+            row.reference = [found.parameters, found.macs]
+            model = models.create_model(entry.ours, weights=model.state_dict(), **entry.options).eval()
+            found = cost.count(model, size)
+        row.parameters, row.macs = found.parameters, found.macs
+        a, b = problem.exact
+        spread = ((a - b).abs().max() / a.abs().max()).item()
+        if not spread >= 0.1:
+            raise ValueError(f"parity would mean nothing: outputs of two inputs differ by {spread:.0e} of the largest")
+        row.eager_error, row.allowed = problem.eager_error, problem.allowed()
+        fast = accelerate(model, (problem.inputs[0],))
+        row.error = problem.error_of([fast(x) for x in problem.inputs[:2]])
+        plan = fast.explain()
+        row.steps, row.native = len(plan.rows), len(plan.rows) - len(plan.fallbacks)
+        row.share = sum(step.macs for step in plan.rows if not step.fallback) / found.macs
+        row.fallbacks = dict(Counter(f"{step.operation}: {step.fallback}" for step in plan.fallbacks))
+    except Exception as failure:
+        row.failed = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return row
+
+
+def examined(case: Case, threads: int) -> Row:
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.zoo", case.name],
+        stdout=subprocess.PIPE,
+        stderr=None if verbose() else subprocess.DEVNULL,
+        text=True,
+        env=environment(threads),
+        cwd=ROOT,
+    )
+    if run.returncode:
+        return Row(case.name, failed=f"its process ended with status {run.returncode}")
+    return Row(**json.loads(run.stdout.splitlines()[-1]))
+
+
+def main(options, cases: list[Case], peers: list[Peer]) -> int:
+    rows: dict[str, Row] = {}
+    latencies: dict[str, list[Result]] = {}
+    (threads,) = options.threads
+    for i, case in enumerate(cases):
+        print(f"[{i + 1}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
+        row = rows[case.name] = examined(case, threads)
+        print("|", *cells(row), flush=True)
+        if not options.skip_latency:
+            latencies[case.name] = measure(case, peers, threads, 1, options.rounds, options.seconds)
+            print(report.results_table(latencies[case.name]), flush=True)
+        if case.folder(1):  # networks of gigabytes in all, which nothing else uses
+            shutil.rmtree(case.folder(1), ignore_errors=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(page(list(rows.values()), latencies, threads), encoding="utf-8")
+    print("written:", options.out)
+    return int(any(row.failed for row in rows.values()))
+
+
+# The page
+
+
+def cells(row: Row) -> list[str]:
+    """What the tables of ours and of others have in common: counts, parity, and what runs in our kernels."""
+    counts = [f"{row.parameters:,}", millions(row.macs)] if row.parameters else ["", ""]
+    parity, kernels = "", f"failed: {row.failed}" if row.failed else ""
+    if row.error is not None:
+        parity = f"{row.error:.1e} ({row.eager_error:.1e})"
+        if not row.error <= row.allowed:
+            parity = f"**{parity}, allowed {row.allowed:.1e}**"
+    if row.share is not None:
+        kernels = f"{100 * row.share:.3g} %, {row.native} of {row.steps} steps"
+    return [row.name, str(ZOO[row.name].size), *counts, parity, kernels]
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:,.1f}"
+
+
+def origin(row: Row) -> list[str]:
+    """What the paper states, and the reference, with its counts where they are not ours."""
+    source = ZOO[row.name].source
+    if row.reference not in (None, [row.parameters, row.macs]):
+        source = f"**{source}: {row.reference[0]:,} and {millions(row.reference[1])}**"
+    return [" / ".join(filter(None, PAPERS.get(row.name, ()))), source]
+
+
+def markdown(table: list[list[str]]) -> str:
+    """The first row is the heading; the first column is flush left, the others flush right."""
+    rule = ["---", *["---:"] * (len(table[0]) - 1)]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [table[0], rule, *table[1:]]
+    )
+
+
+def page(rows: list[Row], latencies: dict[str, list[Result]], threads: int) -> str:
+    peers = [result.peer for result in next(iter(latencies.values()), [])]
+
+    def table(rows: list[Row], heading: list[str], more: Callable[[Row], list[str]]) -> str:
+        body = []
+        for row in rows:
+            results = {result.peer: result for result in latencies.get(row.name, [])}
+            body.append([*cells(row), *more(row), *(report.latency(results.get(peer)) for peer in peers)])
+        return markdown([[*HEADING, *heading, *(f"{peer}, ms" for peer in peers)], *body])
+
+    facts = report.conditions()
+    made = [f"{name} {facts['versions'].get(name)}" for name in ("torch", "torchvision", "timm", "transformers")]
+    made = ", ".join([facts["cpu"], facts["isa"], f"{threads} thread(s)", *made, f"commit {facts['commit']}"])
+    ours, others = ([row for row in rows if bool(ZOO[row.name].ours) == mine] for mine in (True, False))
+    parts = [INTRODUCTION.format(command=facts["command"], made=made)]
+    if ours:
+        parts += ["## Models of this package", table(ours, ["paper", "reference, of the same counts"], origin), NOTES]
+    if others:
+        parts += ["## Networks of other people", table(others, [], lambda row: [])]
+    fallen = [
+        f"- {row.name}: " + "; ".join(f"{count} × {what}" for what, count in row.fallbacks.items())
+        for row in rows
+        if row.fallbacks
+    ]
+    untimed = [
+        f"- {peer.peer}, {name}: {peer.failed}" for name, row in latencies.items() for peer in row if peer.failed
+    ]
+    for heading, lines in (("What falls back to PyTorch", fallen), ("Not timed", untimed)):
+        if lines:
+            parts += [f"## {heading}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+HEADING = ["model", "pixels", "parameters", "MACs, millions", "error (eager's)", "in our kernels"]
+INTRODUCTION = """# Models
+
+Made by `{command}` ({made}).
+
+- **Parameters and multiply-accumulates (MACs)** are counted by `mobilenet_fast.cost` for one picture, ours and the
+  reference's by the same code; auxiliary heads, which count in training alone, are left out.
+- **Error**: the largest difference of `accelerate(model)` from the reference in float64 with the same weights, as a
+  share of the largest output, and that of the reference in eager float32. Weights are random, batch norm has the
+  statistics of random pictures, and two pictures' outputs differ by at least a tenth of the largest; allowed are 1e-5
+  and four times what eager float32 errs.
+- **In our kernels**: of the multiply-accumulates, those of steps with a kernel of ours, and the number of such steps.
+- **Latency** is that of one picture, median in milliseconds, of the reference as PyTorch runs it and accelerated."""
+NOTES = """Papers state millions of parameters / of MACs. Where the counts are others:
+
+- MobileNetV2 (arXiv:1801.04381, table 4): 3.47 M parameters are without batch norm's 34,112 weights and biases, as the
+  authors' code states them.
+- MobileNetV3 (arXiv:1905.02244v5, table 3): for the large one the authors' code states 217 M MACs, as counted here; for
+  the small one 2.9 M parameters and 66 M MACs, though the layers defined there are those of the paper's table 2 and of
+  this model.
+- MnasNet-B1 is the one without squeeze-and-excitation; MnasNet-A1's figures are of arXiv:1807.11626, table 1.
+- EfficientNet (arXiv:1905.11946, table 2): from B4 on the paper's MACs are up to 5 % below a count at the same sizes of
+  pictures.
+- EfficientNet-Lite has no paper; its authors' MACs are 3 to 6 % above a count of convolutions and classifier. By that
+  count Lite0 takes what EfficientNet-B0 does but for squeeze-and-excitation (0.6 M).
+- GoogLeNet (arXiv:1409.4842): sums of table 1, whose K of parameters is 1,024. Like torchvision's, the model has batch
+  norm, and 3x3 convolutions in the place of the 5x5 ones, which takes 0.38 M parameters and 84 M MACs less; and the
+  table has 34 M MACs for the first convolution, which takes 118 M.
+- Inception v3 (arXiv:1512.00567): the abstract's "5 billion" and "less than 25 million".
+- Xception (arXiv:1610.02357, table 3): 22,855,952 parameters, the same; it states no MACs."""
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(examine(find_case("zoo", sys.argv[1])))))
