@@ -13,7 +13,7 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -174,18 +174,25 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
     def macs(name: str) -> int:
         return sum(counted.get(f"{root}.{name}" if name else root, {}).values()) // 2
 
+    def called_in(module: nn.Module, name: str) -> Iterator[str]:
+        for child, inner in module.named_children():
+            path = f"{name}.{child}" if name else child
+            if inner in order:
+                yield path
+            else:  # a container, whose modules are called one by one
+                yield from called_in(inner, path)
+
     layers, owned = [], set()
     names = {module: name for name, module in model.named_modules()}
     for module, shape in order.items():
         name = names[module]
-        children = [macs(f"{name}.{child}" if name else child) for child, _ in module.named_children()]
         own = [p for p in module.parameters(recurse=False) if id(p) not in owned]
         owned.update(map(id, own))
         layer = Layer(
             name=name or root,
             kind=type(module).__name__,
             shape=shape,
-            macs=macs(name) - sum(children),
+            macs=macs(name) - sum(map(macs, called_in(module, name))),
             parameters=sum(p.numel() for p in own),
             activation_bytes=made.get(module, 0),
         )
