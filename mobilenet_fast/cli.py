@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     command = commands.add_parser("classify", help="name what is in pictures")
     command.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders of them")
-    command.add_argument("--model", default="efficientnet_lite0", choices=models.list_models())
+    command.add_argument("--model", default="efficientnet_lite0", choices=models.list_models("classification"))
     command.add_argument("--weights", metavar="FILE", help="a state dict with the model's weights")
     command.add_argument("--top", type=positive, default=5, help="how many classes to print (%(default)s)")
     command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")

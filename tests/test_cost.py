@@ -39,6 +39,23 @@ def test_the_worked_cases():
     assert cost.standard_macs(5, 16, 32, 784) == pytest.approx(10.0 * MILLION, rel=5e-3)
 
 
+class Sum(nn.Module):
+    """A container that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.ways = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 4, 1)) for _ in range(2))
+
+    def forward(self, x):
+        return self.ways[0](x) + self.ways[1][0](x)
+
+
+def test_modules_of_a_list_count_once():
+    found = cost.count(Sum(), (1, 3, 5, 5))
+    assert found.macs == 2 * cost.pointwise_macs(3, 4, 25)
+    assert [(layer.name, layer.macs) for layer in found.layers if layer.macs] == [("ways.0.0", 300), ("ways.1.0", 300)]
+
+
 def test_layers_add_up():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(), nn.Flatten()

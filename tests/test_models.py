@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from helpers import import_timm, import_torchvision
 from model_parity import assert_parity, pictures, randomise_batch_norm
 from torch import nn
 
-from mobilenet_fast import models
+import mobilenet_fast
+from mobilenet_fast import cost, models
 from mobilenet_fast import nn as fast
+from mobilenet_fast.models.sizes import check_size
 
 
 def torchvision_model(name, **kwargs):
@@ -307,7 +310,7 @@ def test_another_networks_weights_are_refused(lite0):
 
 
 def test_registry():
-    assert models.list_models() == sorted([*PAIRS, "efficientnet"])
+    assert models.list_models("classification") == sorted([*PAIRS, "efficientnet"])
     assert isinstance(models.create_model("mobilenet_v3_small", num_classes=2), models.MobileNetV3)
     with pytest.raises(ValueError, match="create_model: name must be one of .*mobilenet_v2.*, got 'resnet50'"):
         models.create_model("resnet50")
@@ -394,3 +397,129 @@ def test_stochastic_depth_of_efficientnets_is_torchvisions():
     assert block.use_res_connect
     x = torch.randn(64, 192, 2, 2)
     assert (block(x) == x).flatten(1).all(1).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("size", ("large", "small"))
+def test_minimalistic_mobilenet_v3_is_timms(size):
+    with torch.device("meta"):
+        theirs = timm_model(f"tf_mobilenetv3_{size}_minimal_100")
+        ours = models.create_model(f"mobilenet_v3_{size}", minimalistic=True)
+        usual = models.create_model(f"mobilenet_v3_{size}")
+    counts = [cost.count(model, (1, 3, 224, 224)) for model in (ours, theirs, usual)]
+    assert counts[0].parameters == counts[1].parameters < counts[2].parameters
+    assert counts[0].macs == counts[1].macs < counts[2].macs
+    assert not any(isinstance(m, (nn.Hardswish, nn.Hardsigmoid, fast.SqueezeExcitation)) for m in ours.modules())
+    assert {m.kernel_size for m in ours.modules() if isinstance(m, nn.Conv2d)} == {(1, 1), (3, 3)}
+
+
+def test_what_mobilenet_v3_is_compared_with():
+    with torch.device("meta"):
+        usual, wide, original = (
+            models.mobilenet_v3_large(**kwargs)
+            for kwargs in ({}, {"stem_channels": 32}, {"efficient_last_stage": False})
+        )
+    macs = [cost.count(model, (1, 3, 224, 224)).macs for model in (usual, wide, original)]
+    # "an additional 10 million MAdds": in the stem, and in the first block's depthwise and 1x1 convolution.
+    assert macs[1] - macs[0] == (3 * 9 * 16 + 9 * 16 + 16 * 16) * 112**2
+    assert type(usual.features[0][2]) is nn.Hardswish and type(wide.features[0][2]) is nn.ReLU
+    # "by 30 million MAdds": depthwise and two 1x1 convolutions more on 7x7 maps, a linear layer less.
+    assert macs[2] - macs[0] == (9 * 960 + 960 * 320 + 320 * 1280) * 7**2 - 960 * 1280
+    assert [type(layer) for layer in original.classifier] == [nn.Dropout, nn.Linear]
+
+
+@pytest.mark.parametrize(
+    "size, hardswish_from, count",
+    [
+        ("large", None, 21),  # the stem, two in each of nine blocks, and two behind them
+        ("large", 80, 20),
+        ("large", 112, 12),
+        ("large", 16, 32),
+        ("large", math.inf, 0),
+        ("small", None, 19),
+        ("small", 40, 18),
+        ("small", 48, 12),
+    ],
+)
+def test_hardswish_from(size, hardswish_from, count):
+    with torch.device("meta"):
+        model, usual = (models.create_model(f"mobilenet_v3_{size}", hardswish_from=n) for n in (hardswish_from, None))
+    assert sum(isinstance(m, nn.Hardswish) for m in model.modules()) == count
+    assert shapes(model) == shapes(usual)
+
+
+def test_options_of_mobilenet_v3_go_together():
+    torch.manual_seed(0)
+    kwargs = {"stem_channels": 32, "efficient_last_stage": False, "dilated": True, "reduced_tail": True}
+    model = models.mobilenet_v3_small(width_mult=0.5, num_classes=3, minimalistic=True, **kwargs)
+    model = randomise_batch_norm(model, 0, (4, 3, 64, 64))
+    assert_parity(model, mobilenet_fast.accelerate(model, strict=True), pictures(2, 3, 64, 64, seed=1))
+    with pytest.raises(ValueError, match="^mobilenet_v3: stem_channels must be 16 or 32, got 24$"):
+        models.mobilenet_v3_large(stem_channels=24)
+    with pytest.raises(ValueError, match="^mobilenet_v3: minimalistic has no hardswish, got hardswish_from=16$"):
+        models.mobilenet_v3_large(minimalistic=True, hardswish_from=16)
+
+
+LEAST = {"xception": 7, "googlenet": 15, "inception_v3": 75}
+
+
+@pytest.mark.parametrize("name", models.list_models())
+def test_least_pictures(name):
+    least = LEAST.get(name, 1)
+    kwargs = {"aux_logits": False} if name == "inception_v3" else {}
+    with torch.device("meta"):
+        model = models.create_model(name, num_classes=2, **kwargs)
+        fits, wide, high = (torch.empty(2, 3, *s) for s in ((least,) * 2, (least - 1, least + 9), (least, least - 1)))
+    model.train()(fits)
+    model.eval()(fits)
+    for x in (wide, high):
+        size = " x ".join(map(str, x.shape[2:]))
+        with pytest.raises(ValueError, match=f"^{name}: pictures must be at least {least} x {least}, got {size}$"):
+            model(x)
+        model.least_size = 0
+        with pytest.raises(RuntimeError):  # torch's own, without the check
+            model(x)
+        del model.least_size
+
+
+def test_least_pictures_to_train_an_auxiliary_head():
+    with torch.device("meta"):
+        model = models.inception_v3(num_classes=2).train()
+        assert model(torch.empty(2, 3, 299, 299)).aux_logits.shape == (2, 2)
+        with pytest.raises(
+            ValueError, match="^inception_v3: pictures .* 299 x 299 in training with aux_logits, got 299 x 298$"
+        ):
+            model(torch.empty(2, 3, 299, 298))
+
+
+@pytest.mark.parametrize("way", ("features", "compile", "export", "accelerate"))
+def test_least_pictures_by_other_ways(way):
+    x = torch.zeros(1, 3, 14, 20)
+    model = models.googlenet(num_classes=2, features_only=way == "features").eval()
+    ways = {
+        "features": model,
+        "compile": torch.compile(model, backend="eager"),
+        "export": lambda x: torch.export.export(model, (x,)),
+        "accelerate": mobilenet_fast.accelerate(model),
+    }
+    with torch.no_grad(), pytest.raises(ValueError, match="googlenet: pictures must be at least 15 x 15, got 14 x 20"):
+        ways[way](x)
+
+
+class Mean(nn.Module):
+    least_size = 7
+
+    def forward(self, x):
+        check_size(self, x)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("strict", (False, True))
+def test_sizes_that_are_symbols_stay_free(strict):
+    sizes = {2: torch.export.Dim("height", min=2), 3: torch.export.Dim("width", min=2)}
+    exported = torch.export.export(Mean(), (torch.ones(1, 3, 9, 8),), dynamic_shapes=(sizes,), strict=strict)
+    assert exported.module()(torch.ones(1, 3, 2, 5)).shape == (1, 3)
+    traced = torch.jit.trace(Mean(), torch.ones(1, 3, 9, 8))
+    assert traced(torch.ones(1, 3, 2, 5)).shape == (1, 3)
+    assert torch.fx.symbolic_trace(Mean())(torch.ones(1, 3, 2, 5)).shape == (1, 3)
+    with pytest.raises(ValueError, match="^Mean: pictures must be at least 7 x 7, got 6 x 8$"):
+        Mean()(torch.ones(1, 3, 6, 8))

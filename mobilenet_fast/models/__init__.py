@@ -1,5 +1,6 @@
 """The family, with the state_dict keys of torchvision, or timm where torchvision lacks the model."""
 
+from .deeplab_v3plus import DeepLabV3Plus, deeplab_v3plus_xception
 from .efficientnet import (
     EfficientNet,
     efficientnet,
@@ -20,8 +21,10 @@ from .efficientnet_lite import (
     efficientnet_lite3,
     efficientnet_lite4,
 )
+from .features import FeatureMaps
 from .googlenet import GoogLeNet, GoogLeNetOutputs, googlenet
 from .inception_v3 import InceptionOutputs, InceptionV3, inception_v3
+from .lraspp import LRASPP, lraspp_mobilenet_v3_large
 from .mnasnet import MnasNetA1, MnasNetB1, mnasnet_a1, mnasnet_b1
 from .mobilenet_v1 import MobileNetV1, mobilenet_v1
 from .mobilenet_v2 import MobileNetV2, mobilenet_v2
@@ -30,8 +33,11 @@ from .registry import create_model, list_models
 from .xception import Xception, xception
 
 __all__ = [
+    "LRASPP",
+    "DeepLabV3Plus",
     "EfficientNet",
     "EfficientNetLite",
+    "FeatureMaps",
     "GoogLeNet",
     "GoogLeNetOutputs",
     "InceptionOutputs",
@@ -43,6 +49,7 @@ __all__ = [
     "MobileNetV3",
     "Xception",
     "create_model",
+    "deeplab_v3plus_xception",
     "efficientnet",
     "efficientnet_b0",
     "efficientnet_b1",
@@ -60,6 +67,7 @@ __all__ = [
     "googlenet",
     "inception_v3",
     "list_models",
+    "lraspp_mobilenet_v3_large",
     "mnasnet_a1",
     "mnasnet_b1",
     "mobilenet_v1",

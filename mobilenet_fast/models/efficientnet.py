@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ..nn import ConvNormAct, FusedSequential, SqueezeExcitation, StochasticDepth
 from ..nn.dispatch import known, unhooked
 from ..nn.fusion import Chained, Links
+from .features import Outline
 from .initialisation import efficientnet_init
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
+from .sizes import check_size
 
 # Expansion factor, kernel size, stride of the first block, channels, blocks.
 _STAGES = (
@@ -100,6 +102,8 @@ def _register_scaled(number: int, width: float, depth: float, resolution: int, d
 class EfficientNet(nn.Module):
     """See `efficientnet`. (N, in_chans, H, W) → (N, num_classes)."""
 
+    least_size = 1
+
     def __init__(
         self,
         width: float,
@@ -140,7 +144,11 @@ class EfficientNet(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(dropout, inplace=True), nn.Linear(4 * channels, num_classes))
         efficientnet_init(self, per_group=False)
 
+    def outline(self) -> Outline:
+        return Outline([f"features.{i}" for i in range(len(self.features) - 1)])
+
     def forward(self, x: Tensor) -> Tensor:
+        check_size(self, x)
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import FusedSequential
+from .features import Outline
 from .inception_blocks import BasicConv2d, Branches, normalise, truncated_normal_init
 from .registry import Weights, load_weights, register_model
+from .sizes import check_size
 
 
 class GoogLeNetOutputs(NamedTuple):
@@ -66,7 +68,9 @@ def googlenet(
 
 
 class GoogLeNet(nn.Module):
-    """See `googlenet`. (N, in_chans, H, W) → (N, num_classes), or `GoogLeNetOutputs`."""
+    """See `googlenet`. (N, in_chans, H, W) → (N, num_classes), or `GoogLeNetOutputs`; H and W at least 15."""
+
+    least_size = 15
 
     def __init__(
         self,
@@ -102,7 +106,12 @@ class GoogLeNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
         truncated_normal_init(self, 0.01)
 
+    def outline(self) -> Outline:
+        names = [name for name in self._modules if name.startswith(("conv", "maxpool", "inception"))]
+        return Outline(names, normalise if self.transform_input else None)
+
     def forward(self, x: Tensor) -> Tensor | GoogLeNetOutputs:
+        check_size(self, x)
         if self.transform_input:
             x = normalise(x)
         x = self.maxpool2(self.conv3(self.conv2(self.maxpool1(self.conv1(x)))))

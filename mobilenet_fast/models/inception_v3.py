@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .features import Outline
 from .inception_blocks import BasicConv2d, Branches, normalise, truncated_normal_init
 from .registry import Weights, load_weights, register_model
+from .sizes import check_size
 
 
 class InceptionOutputs(NamedTuple):
@@ -48,7 +50,11 @@ def inception_v3(
 
 
 class InceptionV3(nn.Module):
-    """See `inception_v3`. (N, in_chans, H, W) → (N, num_classes), or `InceptionOutputs`."""
+    """See `inception_v3`. (N, in_chans, H, W) → (N, num_classes), or `InceptionOutputs`; H and W at least 75, in
+    training with ``aux_logits`` 299."""
+
+    least_size = 75
+    least_size_aux = 299
 
     def __init__(
         self, num_classes: int, in_chans: int, aux_logits: bool, transform_input: bool, dropout: float
@@ -81,7 +87,14 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, num_classes)
         truncated_normal_init(self, 0.1)
 
+    def outline(self) -> Outline:
+        names = [name for name in self._modules if name.startswith(("Conv2d", "maxpool", "Mixed"))]
+        return Outline(names, normalise if self.transform_input else None)
+
     def forward(self, x: Tensor) -> Tensor | InceptionOutputs:
+        if self.training and self.AuxLogits is not None:
+            check_size(self, x, self.least_size_aux, " in training with aux_logits")
+        check_size(self, x)
         if self.transform_input:
             x = normalise(x)
         x = self.maxpool1(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from ..nn import DepthwiseConv2d, FusedSequential, PointwiseConv2d
 from ..nn.dispatch import known
 from ..nn.fusion import Chained, Links
+from .features import Outline
 from .initialisation import mnasnet_init
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
+from .sizes import check_size
 from .timm_blocks import Stage, Style, Trunk
 
 _A1 = (
@@ -104,6 +106,7 @@ class MnasNetA1(Trunk):
 class MnasNetB1(nn.Module):
     """See `mnasnet_b1`. (N, in_chans, H, W) → (N, num_classes)."""
 
+    least_size = 1
     _version = 2  # torchvision refuses a checkpoint without it; its version 1 had a stem of fixed width
 
     def __init__(self, num_classes: int, in_chans: int, width_mult: float, dropout: float) -> None:
@@ -135,7 +138,11 @@ class MnasNetB1(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(dropout, inplace=True), nn.Linear(_HEAD, num_classes))
         mnasnet_init(self)
 
+    def outline(self) -> Outline:
+        return Outline([f"layers.{i}" for i in range(len(self.layers) - 3)])
+
     def forward(self, x: Tensor) -> Tensor:
+        check_size(self, x)
         return self.classifier(self.layers(x).mean((2, 3)))
 
 

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from ..nn import ConvNormAct, FusedSequential, PointwiseConv2d
 from ..nn.dispatch import known
 from ..nn.fusion import Chained, Links
+from .features import Outline
 from .initialisation import mobilenet_init
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
+from .sizes import check_size
 
 # Expansion factor, channels, blocks, stride of the first block.
 _STAGES = (
@@ -51,6 +53,8 @@ def mobilenet_v2(
 class MobileNetV2(nn.Module):
     """See `mobilenet_v2`. (N, in_chans, H, W) → (N, num_classes)."""
 
+    least_size = 1
+
     def __init__(self, num_classes: int, in_chans: int, width_mult: float, dropout: float) -> None:
         super().__init__()
         channels = make_divisible(32 * width_mult)
@@ -66,7 +70,11 @@ class MobileNetV2(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.last_channel, num_classes))
         mobilenet_init(self)
 
+    def outline(self) -> Outline:
+        return Outline([f"features.{i}" for i in range(len(self.features) - 1)])
+
     def forward(self, x: Tensor) -> Tensor:
+        check_size(self, x)
         return self.classifier(nn.functional.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
 
 

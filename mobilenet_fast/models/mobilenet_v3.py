@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..nn import ConvNormAct, FusedSequential, InvertedResidual
+from ..nn.dispatch import ACTIVATION_LAYERS
+from .features import Outline
 from .initialisation import mobilenet_init
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
+from .sizes import check_size
 
 
 class _Block(NamedTuple):
@@ -92,6 +96,9 @@ def mobilenet_v3_small(weights: Weights | None = None, **kwargs) -> MobileNetV3:
 class MobileNetV3(nn.Module):
     """(N, in_chans, H, W) → (N, num_classes).
 
+    The last four arguments make the networks that the paper compares its own with, and leave keys and numbers as they
+    are by default.
+
     Args:
         blocks: the rows of the paper's table.
         last_channels: of the classifier's hidden layer.
@@ -101,7 +108,22 @@ class MobileNetV3(nn.Module):
         reduced_tail: halve the channels from the last stride on.
         dilated: dilate the convolutions behind the last stride instead of striding, for dense prediction.
         dropout: before the classifier, in training.
+        minimalistic: without squeeze-and-excitation and hardswish, and with kernels of 3x3 alone, as the authors'
+            "minimalistic" checkpoints.
+        stem_channels: 16 with hardswish, or 32 with ReLU, both filters and nonlinearity of section 5.1. The first
+            block does not expand, and is as wide as the stem.
+        efficient_last_stage: pool before the layer of ``last_channels``. If False, the original last stage of section
+            5.1 and figure 5: one more block, to twice the channels, and that layer as a 1x1 convolution behind it.
+        hardswish_from: N of table 5's "h-swish @N": a layer, stem and classifier among them, has hardswish if the
+            paper's table gives it at least N output channels, and ReLU if fewer; 16 has hardswish everywhere,
+            ``math.inf`` nowhere. None is as the paper's table: in the stem, and from 80 channels on (Large) or 40
+            (Small).
+
+    Raises:
+        ValueError: ``stem_channels`` is another number, or ``hardswish_from`` is given for a minimalistic network.
     """
+
+    least_size = 1
 
     def __init__(
         self,
@@ -114,21 +136,43 @@ class MobileNetV3(nn.Module):
         reduced_tail: bool = False,
         dilated: bool = False,
         dropout: float = 0.2,
+        minimalistic: bool = False,
+        stem_channels: int = 16,
+        efficient_last_stage: bool = True,
+        hardswish_from: float | None = None,
     ) -> None:
         super().__init__()
+        if stem_channels not in (16, 32):
+            raise ValueError(f"mobilenet_v3: stem_channels must be 16 or 32, got {stem_channels}")
+        if minimalistic:
+            if hardswish_from is not None:
+                raise ValueError(f"mobilenet_v3: minimalistic has no hardswish, got hardswish_from={hardswish_from}")
+            blocks = [block._replace(kernel_size=3, squeezes=False) for block in blocks]
+            hardswish_from = math.inf
+
+        def activation(out_channels: int, default: str = "hardswish") -> str:
+            """Of a layer with so many channels in the paper's table, and this activation there."""
+            if hardswish_from is None:
+                return default
+            return "hardswish" if out_channels >= hardswish_from else "relu"
+
+        self.efficient_last_stage = efficient_last_stage
+        stem_activation = activation(stem_channels, "hardswish" if stem_channels == 16 else "relu")
+        head_activation = activation(last_channels)
         norm_layer = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
         last_channels //= 2 if reduced_tail else 1
 
-        channels = make_divisible(16 * width_mult)
+        channels = make_divisible(stem_channels * width_mult)
         features: list[nn.Module] = [
-            ConvNormAct(in_chans, channels, stride=2, norm_layer=norm_layer, activation_layer="hardswish")
+            ConvNormAct(in_chans, channels, stride=2, norm_layer=norm_layer, activation_layer=stem_activation)
         ]
         for i, block in enumerate(blocks):
             from_end = len(blocks) - i
             # The tail's first block takes what the block before it gives, at its full width.
             expanded = block.expanded_channels // (2 if reduced_tail and from_end < _TAIL else 1)
             out_channels = block.out_channels // (2 if reduced_tail and from_end <= _TAIL else 1)
-            expanded, out_channels = make_divisible(expanded * width_mult), make_divisible(out_channels * width_mult)
+            expanded = make_divisible(expanded * width_mult) if i > 0 else channels
+            out_channels = make_divisible(out_channels * width_mult)
             features.append(
                 InvertedResidual(
                     channels,
@@ -138,22 +182,33 @@ class MobileNetV3(nn.Module):
                     block.stride,
                     2 if dilated and from_end <= _TAIL else 1,
                     make_divisible(expanded // 4) if block.squeezes else None,
-                    block.activation,
+                    activation(block.out_channels, block.activation),
                     norm_layer,
                 )
             )
             channels = out_channels
-        features.append(ConvNormAct(channels, 6 * channels, 1, norm_layer=norm_layer, activation_layer="hardswish"))
+        expanded, hidden = 6 * channels, make_divisible(last_channels * width_mult)
+        last_layers: list[nn.Module] = []
+        if efficient_last_stage:
+            layer = activation(6 * blocks[-1].out_channels)
+            features.append(ConvNormAct(channels, expanded, 1, norm_layer=norm_layer, activation_layer=layer))
+            last_layers = [nn.Linear(expanded, hidden), ACTIVATION_LAYERS[head_activation](inplace=True)]
+        else:
+            layer, dilation = activation(2 * blocks[-1].out_channels), 2 if dilated else 1
+            features += [
+                InvertedResidual(channels, expanded, 2 * channels, 3, 1, dilation, None, layer, norm_layer),
+                ConvNormAct(2 * channels, hidden, 1, norm_layer=norm_layer, activation_layer=head_activation),
+            ]
         self.features = FusedSequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        hidden = make_divisible(last_channels * width_mult)
-        self.classifier = nn.Sequential(
-            nn.Linear(6 * channels, hidden),
-            nn.Hardswish(inplace=True),
-            nn.Dropout(dropout, inplace=True),
-            nn.Linear(hidden, num_classes),
-        )
+        self.classifier = nn.Sequential(*last_layers, nn.Dropout(dropout, inplace=True), nn.Linear(hidden, num_classes))
         mobilenet_init(self)
 
+    def outline(self) -> Outline:
+        # The efficient last stage leaves no layer of the head before the pooling.
+        count = len(self.features) - (0 if self.efficient_last_stage else 1)
+        return Outline([f"features.{i}" for i in range(count)])
+
     def forward(self, x: Tensor) -> Tensor:
+        check_size(self, x)
         return self.classifier(self.avgpool(self.features(x)).flatten(1))

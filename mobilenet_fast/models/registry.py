@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .features import FeatureMaps
 
 StateDict = Mapping[str, Tensor]
 Weights = str | os.PathLike | StateDict
@@ -16,24 +18,32 @@ Weights = str | os.PathLike | StateDict
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Lets `create_model` find the function by its name, and checks what all models take."""
+def register_model(build: Callable[..., nn.Module], task: str = "classification") -> Callable[..., nn.Module]:
+    """Lets `create_model` find the function by its name, checks what all models take, and makes `FeatureMaps` of the
+    model under ``features_only=True``."""
 
     @functools.wraps(build)
-    def checked(*args, **kwargs) -> nn.Module:
+    def checked(
+        *args, features_only: bool = False, out_indices: Sequence[int] | None = None, **kwargs
+    ) -> nn.Module | FeatureMaps:
+        if out_indices is not None and not features_only:
+            raise ValueError(f"{build.__name__}: out_indices is for features_only=True, got {out_indices}")
         for name in ("num_classes", "in_chans"):
             value = kwargs.get(name, 1)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{build.__name__}: {name} must be a positive integer, got {value!r}")
-        return build(*args, **kwargs)
+        model = build(*args, **kwargs)
+        model.name = build.__name__
+        return FeatureMaps(model, out_indices) if features_only else model
 
+    checked.task = task
     _BUILDERS[build.__name__] = checked
     return checked
 
 
-def list_models() -> list[str]:
-    """The names that `create_model` takes."""
-    return sorted(_BUILDERS)
+def list_models(task: str | None = None) -> list[str]:
+    """The names that `create_model` takes, of models for "classification" or "segmentation", or of all."""
+    return sorted(name for name, build in _BUILDERS.items() if task in (None, build.task))
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
@@ -41,10 +51,12 @@ def create_model(name: str, **kwargs) -> nn.Module:
 
     Args:
         name: one of `list_models`.
-        **kwargs: the model's own, among them ``weights``, ``num_classes`` and ``in_chans``.
+        **kwargs: the model's own, among them ``weights``, ``num_classes`` and ``in_chans``; and, for every model,
+            ``features_only=True`` with ``out_indices``, a tuple of integers or None, for its `FeatureMaps` in its
+            place. ``weights`` are those of the whole model then, too.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or it has no map of such an index.
     """
     if name not in _BUILDERS:
         close = difflib.get_close_matches(str(name), _BUILDERS)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ..nn import Conv2dSame, DepthwiseConv2d, FusedSequential, PointwiseConv2d, SqueezeExcitation
 from ..nn.dispatch import known
 from ..nn.fusion import Chained, Links
+from .features import Outline
 from .initialisation import efficientnet_init
+from .sizes import check_size
 
 
 class Stage(NamedTuple):
@@ -59,6 +61,8 @@ class Trunk(Chained):
         closes: blocks without expansion have an activation behind their 1x1 convolution.
     """
 
+    least_size = 1
+
     def __init__(
         self,
         stages: Iterable[Stage],
@@ -102,7 +106,11 @@ class Trunk(Chained):
         head = [self.conv_head, self.bn2, self.act] if "conv_head" in self._modules else []
         return Links([self.conv_stem, self.bn1, self.act, self.blocks, *head])
 
+    def outline(self) -> Outline:
+        return Outline(["conv_stem", "bn1", "act", *(f"blocks.{i}" for i in range(len(self.blocks)))])
+
     def forward(self, x: Tensor) -> Tensor:
+        check_size(self, x)
         return self.classifier(self.dropout(super().forward(x).mean((2, 3))))
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import DepthwiseConv2d, FusedSequential, PointwiseConv2d
 from ..nn.dispatch import known
 from ..nn.fusion import Chained, Links
+from .features import Outline
 from .registry import Weights, load_weights, register_model
+from .sizes import check_size
 
 
 class _Module(NamedTuple):
@@ -54,7 +57,9 @@ def xception(
 
 
 class Xception(Chained):
-    """See `xception`. (N, in_chans, H, W) → (N, num_classes)."""
+    """See `xception`. (N, in_chans, H, W) → (N, num_classes), H and W at least 7."""
+
+    least_size = 7  # of which the stem, without padding, leaves one pixel
 
     def __init__(
         self, num_classes: int, in_chans: int, activation_between: str | None, residual: bool, dropout: float
@@ -86,13 +91,17 @@ class Xception(Chained):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def links(self) -> Links:
-        parts = self._modules
+    def outline(self) -> Outline:
         names = ["conv1", "bn1", "act1", "conv2", "bn2", "act2", *(f"block{i + 1}" for i in range(self.blocks))]
         names += ["conv3", "bn3", "act3", "conv4", "bn4", "act4"]
-        return Links([parts[name] for name in names])
+        # Each module starts with a ReLU, in its residual branch alone.
+        return Outline(names, behind=F.relu)
+
+    def links(self) -> Links:
+        return Links([self._modules[name] for name in self.outline().names])
 
     def forward(self, x: Tensor) -> Tensor:
+        check_size(self, x)
         return self.fc(self.dropout(super().forward(x).mean((2, 3))))
 
 
