@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..nn import ConvNormAct, FusedSequential, InvertedResidual
 from .initialisation import mobilenet_init
+from .pretrained import named_weights, timm, torchvision
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
+from .timm_keys import mobilenet_v3_keys
 
 
 class _Block(NamedTuple):
@@ -60,33 +62,39 @@ _TAIL = 3
 
 
 @register_model
+@named_weights(
+    torchvision(mobilenet_v3_large=("IMAGENET1K_V1", "IMAGENET1K_V2")), timm(tf_mobilenetv3_large_100=("in1k",))
+)
 def mobilenet_v3_large(weights: Weights | None = None, **kwargs) -> MobileNetV3:
     """`torchvision.models.mobilenet_v3_large`: the same network with the same state_dict keys.
 
     Args:
-        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, and
+            timm's ``tf_mobilenetv3_large_100`` with ``same_padding``.
         **kwargs: see `MobileNetV3`.
 
     Raises:
-        ValueError: ``weights`` is no file.
+        ValueError: ``weights`` is neither a file nor a name.
         RuntimeError: ``weights`` are another model's.
     """
-    return load_weights(MobileNetV3(_LARGE, 1280, **kwargs), weights)
+    return load_weights(MobileNetV3(_LARGE, 1280, **kwargs), weights, mobilenet_v3_keys)
 
 
 @register_model
+@named_weights(torchvision(mobilenet_v3_small=("IMAGENET1K_V1",)), timm(tf_mobilenetv3_small_100=("in1k",)))
 def mobilenet_v3_small(weights: Weights | None = None, **kwargs) -> MobileNetV3:
     """`torchvision.models.mobilenet_v3_small`: the same network with the same state_dict keys.
 
     Args:
-        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, and
+            timm's ``tf_mobilenetv3_small_100`` with ``same_padding``.
         **kwargs: see `MobileNetV3`.
 
     Raises:
-        ValueError: ``weights`` is no file.
+        ValueError: ``weights`` is neither a file nor a name.
         RuntimeError: ``weights`` are another model's.
     """
-    return load_weights(MobileNetV3(_SMALL, 1024, **kwargs), weights)
+    return load_weights(MobileNetV3(_SMALL, 1024, **kwargs), weights, mobilenet_v3_keys)
 
 
 class MobileNetV3(nn.Module):
@@ -101,6 +109,7 @@ class MobileNetV3(nn.Module):
         reduced_tail: halve the channels from the last stride on.
         dilated: dilate the convolutions behind the last stride instead of striding, for dense prediction.
         dropout: before the classifier, in training.
+        same_padding: pad as TensorFlow does, for weights from there.
     """
 
     def __init__(
@@ -114,14 +123,18 @@ class MobileNetV3(nn.Module):
         reduced_tail: bool = False,
         dilated: bool = False,
         dropout: float = 0.2,
+        same_padding: bool = False,
     ) -> None:
         super().__init__()
         norm_layer = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
+        padding = "same" if same_padding else None
         last_channels //= 2 if reduced_tail else 1
 
         channels = make_divisible(16 * width_mult)
         features: list[nn.Module] = [
-            ConvNormAct(in_chans, channels, stride=2, norm_layer=norm_layer, activation_layer="hardswish")
+            ConvNormAct(
+                in_chans, channels, stride=2, padding=padding, norm_layer=norm_layer, activation_layer="hardswish"
+            )
         ]
         for i, block in enumerate(blocks):
             from_end = len(blocks) - i
@@ -140,6 +153,7 @@ class MobileNetV3(nn.Module):
                     make_divisible(expanded // 4) if block.squeezes else None,
                     block.activation,
                     norm_layer,
+                    padding,
                 )
             )
             channels = out_channels
