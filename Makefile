@@ -54,7 +54,7 @@ $(DEMO_DEPS): $(TORCH_STAMP)
 
 # torchvision's wheel asks for a torch of its own, and timm for torchvision; tests need nothing but their models' Python.
 $(TEST_DEPS): $(TORCH_STAMP)
-	$(PIP) pytest hypothesis expecttest pyyaml huggingface_hub safetensors onnx onnxscript onnxruntime
+	$(PIP) pytest hypothesis expecttest pyyaml huggingface_hub safetensors h5py onnx onnxscript onnxruntime
 	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31
 	touch $@
 

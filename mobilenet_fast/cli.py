@@ -1,5 +1,6 @@
 """``python -m mobilenet_fast classify IMAGE…`` names photographs; ``profile`` times the steps of a model, ``cost``
-counts its arithmetic; ``info`` says what the package runs on."""
+counts its arithmetic; ``convert-keras`` makes a state dict of Keras's weights; ``info`` says what the package runs on.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ import mobilenet_fast
 from mobilenet_fast import cost, models
 
 IMAGENET_MEAN_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-MEAN_STD = {"efficientnet_lite0": ((127,) * 3, (128,) * 3)}  # others have torchvision's
+HALF = (127.5,) * 3, (127.5,) * 3
+MEAN_STD = {  # others have torchvision's
+    "efficientnet_lite0": ((127,) * 3, (128,) * 3),
+    **{f"efficientnet_lite{i}": HALF for i in range(1, 5)},
+    **dict.fromkeys(("googlenet", "inception_v3", "mobilenet_v1", "xception"), HALF),
+}
 UNREADABLE = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}  # Pillow knows these suffixes, but not how to read
 
 
@@ -102,7 +108,8 @@ def with_progress(work: Callable, items: list) -> Iterator:
 
 def load_model(name: str, weights: str | None) -> torch.nn.Module:
     if weights is None and name != "efficientnet_lite0":
-        raise SystemExit(f"mobilenet_fast: {name} needs --weights FILE, a state dict with torchvision's keys")
+        names = "".join(f", or {known}" for known in models.list_weights(name))
+        raise SystemExit(f"mobilenet_fast: {name} needs --weights, the path of a state dict{names}")
     try:
         return models.create_model(name, weights=weights or "imagenet").eval()
     except (ImportError, OSError, RuntimeError, ValueError) as error:
@@ -213,6 +220,15 @@ def stdout_is_closed() -> bool:
     return bool(poll.poll(0))
 
 
+def convert_keras(options) -> int:
+    try:
+        torch.save(models.from_keras(options.file, options.model), options.output)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # torch's writer raises a RuntimeError
+        complain(str(error))
+        return 1
+    return 0
+
+
 def print_cost(options) -> int:
     with torch.device("meta"):
         model = models.create_model(options.model)
@@ -233,14 +249,14 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("classify", help="name what is in pictures")
     command.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders of them")
     command.add_argument("--model", default="efficientnet_lite0", choices=models.list_models("classification"))
-    command.add_argument("--weights", metavar="FILE", help="a state dict with the model's weights")
+    command.add_argument("--weights", metavar="WEIGHTS", help="the path of a state dict, or its name")
     command.add_argument("--top", type=positive, default=5, help="how many classes to print (%(default)s)")
     command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
     command.set_defaults(run=classify)
 
     command = commands.add_parser("profile", help="time each step of an accelerated model")
     command.add_argument("model", metavar="MODEL", choices=models.list_models(), help=", ".join(models.list_models()))
-    command.add_argument("--weights", metavar="FILE", help="a state dict with the model's weights")
+    command.add_argument("--weights", metavar="WEIGHTS", help="the path of a state dict, or its name")
     command.add_argument("--batch", type=positive, default=1, help="pictures a call (%(default)s)")
     command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
     command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
@@ -252,6 +268,12 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
     command.add_argument("--csv", action="store_true", help="as lines of CSV")
     command.set_defaults(run=print_cost)
+
+    command = commands.add_parser("convert-keras", help="make a state dict of the weights of Keras's network")
+    command.add_argument("file", metavar="FILE", help="an .h5, .weights.h5 or .keras file")
+    command.add_argument("model", metavar="MODEL", help="the network's name here, as models.from_keras takes it")
+    command.add_argument("output", metavar="OUTPUT", help="the file to write, for a model with same_padding")
+    command.set_defaults(run=convert_keras)
 
     command = commands.add_parser("info", help="versions, instruction sets, threads, devices")
     command.set_defaults(run=info)

@@ -24,12 +24,13 @@ from .efficientnet_lite import (
 from .features import FeatureMaps
 from .googlenet import GoogLeNet, GoogLeNetOutputs, googlenet
 from .inception_v3 import InceptionOutputs, InceptionV3, inception_v3
+from .keras import from_keras
 from .lraspp import LRASPP, lraspp_mobilenet_v3_large
 from .mnasnet import MnasNetA1, MnasNetB1, mnasnet_a1, mnasnet_b1
 from .mobilenet_v1 import MobileNetV1, mobilenet_v1
 from .mobilenet_v2 import MobileNetV2, mobilenet_v2
 from .mobilenet_v3 import MobileNetV3, mobilenet_v3_large, mobilenet_v3_small
-from .registry import create_model, list_models
+from .registry import create_model, list_models, list_weights
 from .xception import Xception, xception
 
 __all__ = [
@@ -64,10 +65,12 @@ __all__ = [
     "efficientnet_lite2",
     "efficientnet_lite3",
     "efficientnet_lite4",
+    "from_keras",
     "googlenet",
     "inception_v3",
     "list_models",
     "lraspp_mobilenet_v3_large",
+    "list_weights",
     "mnasnet_a1",
     "mnasnet_b1",
     "mobilenet_v1",

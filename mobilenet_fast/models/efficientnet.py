@@ -14,9 +14,12 @@ from ..nn.dispatch import known, unhooked
 from ..nn.fusion import Chained, Links
 from .features import Outline
 from .initialisation import efficientnet_init
+from .pretrained import named_weights, timm, torchvision
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
 from .sizes import check_size
+from .tensorflow import TENSORFLOW_NORM
+from .timm_keys import efficientnet_keys
 
 # Expansion factor, kernel size, stride of the first block, channels, blocks.
 _STAGES = (
@@ -39,6 +42,13 @@ _SCALES = (
     (1.8, 2.6, 528, 0.5),
     (2.0, 3.1, 600, 0.5),
 )
+# timm's tags for what came from TensorFlow, B0 first.
+_TAGS = (
+    *[("ns_jft_in1k", "ap_in1k", "aa_in1k", "in1k")] * 5,
+    ("ns_jft_in1k", "ap_in1k", "ra_in1k", "aa_in1k", "in1k"),
+    ("ns_jft_in1k", "ap_in1k", "aa_in1k"),
+    ("ns_jft_in1k", "ap_in1k", "ra_in1k", "aa_in1k"),
+)
 
 
 @register_model
@@ -52,6 +62,7 @@ def efficientnet(
     in_chans: int = 3,
     dropout: float = 0.2,
     stochastic_depth: float = 0.2,
+    same_padding: bool = False,
 ) -> EfficientNet:
     """An EfficientNet of one's own width, depth and resolution.
 
@@ -65,22 +76,25 @@ def efficientnet(
         in_chans: channels of the input.
         dropout: before the classifier, in training.
         stochastic_depth: how often the last block is left out in training; those before it in proportion.
+        same_padding: pad as TensorFlow does, and batch norm with eps 1e-3, for weights from there (`from_keras`).
 
     Raises:
         ValueError: ``weights`` is no file.
         RuntimeError: ``weights`` are another model's.
     """
-    model = EfficientNet(width, depth, resolution, num_classes, in_chans, dropout, stochastic_depth)
-    return load_weights(model, weights)
+    norm = TENSORFLOW_NORM if same_padding else nn.BatchNorm2d
+    model = EfficientNet(width, depth, resolution, num_classes, in_chans, dropout, stochastic_depth, norm, same_padding)
+    return load_weights(model, weights, efficientnet_keys)
 
 
 def _register_scaled(number: int, width: float, depth: float, resolution: int, dropout: float) -> Callable:
-    norm = _TENSORFLOW_NORM if number >= 5 else nn.BatchNorm2d
     norms = ", and TensorFlow's batch norm: eps 1e-3, momentum 0.01" if number >= 5 else ""
 
-    def build(weights: Weights | None = None, **kwargs) -> EfficientNet:
+    def build(weights: Weights | None = None, *, same_padding: bool = False, **kwargs) -> EfficientNet:
         arguments = {"num_classes": 1000, "in_chans": 3, "dropout": dropout, "stochastic_depth": 0.2} | kwargs
-        return load_weights(EfficientNet(width, depth, resolution, norm=norm, **arguments), weights)
+        norm = TENSORFLOW_NORM if same_padding or number >= 5 else nn.BatchNorm2d
+        model = EfficientNet(width, depth, resolution, norm=norm, same_padding=same_padding, **arguments)
+        return load_weights(model, weights, efficientnet_keys)
 
     build.__name__ = build.__qualname__ = f"efficientnet_b{number}"
     build.__doc__ = f"""`torchvision.models.efficientnet_b{number}`: the same network with the same state_dict keys.
@@ -88,15 +102,19 @@ def _register_scaled(number: int, width: float, depth: float, resolution: int, d
     `efficientnet` with width {width}, depth {depth} and resolution {resolution}{norms}.
 
     Args:
-        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit.
-        **kwargs: ``num_classes`` (1000), ``in_chans`` (3), ``dropout`` ({dropout}), ``stochastic_depth`` (0.2), as
-            `efficientnet` takes them.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, and
+            timm's ``tf_efficientnet_b{number}`` with ``same_padding``.
+        **kwargs: ``num_classes`` (1000), ``in_chans`` (3), ``dropout`` ({dropout}), ``stochastic_depth`` (0.2),
+            ``same_padding`` (False), as `efficientnet` takes them.
 
     Raises:
-        ValueError: ``weights`` is no file.
+        ValueError: ``weights`` is neither a file nor a name.
         RuntimeError: ``weights`` are another model's.
     """
-    return register_model(build)
+    names = ("IMAGENET1K_V1", "IMAGENET1K_V2") if number == 1 else ("IMAGENET1K_V1",)
+    plain = torchvision(**{f"efficientnet_b{number}": names})
+    same_padded = timm(**{f"tf_efficientnet_b{number}": _TAGS[number]})
+    return register_model(named_weights(plain, same_padded)(build))
 
 
 class EfficientNet(nn.Module):
@@ -114,6 +132,7 @@ class EfficientNet(nn.Module):
         dropout: float,
         stochastic_depth: float,
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        same_padding: bool = False,
     ) -> None:
         if not (depth > 0 and resolution > 0 and 0 <= stochastic_depth < 1):
             raise ValueError(
@@ -122,7 +141,7 @@ class EfficientNet(nn.Module):
             )
         super().__init__()
         self.resolution = resolution
-        layer = functools.partial(ConvNormAct, norm_layer=norm)
+        layer = functools.partial(ConvNormAct, norm_layer=norm, padding="same" if same_padding else None)
         channels = make_divisible(32 * width)
         stages: list[nn.Module] = [layer(in_chans, channels, stride=2, activation_layer="silu")]
         repeats = [math.ceil(blocks * depth) for *_, blocks in _STAGES]
@@ -191,8 +210,6 @@ class MBConv(Chained):
         y = self.block(input)
         return self.stochastic_depth(y) + input if self.use_res_connect else y
 
-
-_TENSORFLOW_NORM = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 
 efficientnet_b0, efficientnet_b1, efficientnet_b2, efficientnet_b3 = (
     _register_scaled(i, *_SCALES[i]) for i in range(4)

