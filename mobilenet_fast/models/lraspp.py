@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..nn import FusedSequential, PointwiseConv2d
 from .features import Outline, Run
 from .mobilenet_v3 import _LARGE, MobileNetV3
+from .pretrained import named_weights, torchvision
 from .registry import Weights, load_weights, register_model
 from .sizes import check_size
 
@@ -18,11 +19,12 @@ _LOW = 4  # the block of MobileNetV3-Large that strides to 8
 
 
 @functools.partial(register_model, task="segmentation")
+@named_weights(torchvision(lraspp_mobilenet_v3_large=("COCO_WITH_VOC_LABELS_V1",)))
 def lraspp_mobilenet_v3_large(weights: Weights | None = None, *, num_classes: int = 21, **kwargs) -> LRASPP:
     """`torchvision.models.segmentation.lraspp_mobilenet_v3_large`: the same network with the same state_dict keys.
 
     Args:
-        weights: None, a state_dict, or the path of one; torchvision's checkpoints fit.
+        weights: None, a state_dict, the path of one, or one of `list_weights`; torchvision's checkpoints fit.
         num_classes: logits a pixel.
         **kwargs: of the backbone, see `MobileNetV3`; ``dilated`` is True.
 
