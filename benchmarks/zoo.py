@@ -178,7 +178,7 @@ def page(rows: list[Row], latencies: dict[str, list[Result]], threads: int) -> s
     made = [f"{name} {facts['versions'].get(name)}" for name in ("torch", "torchvision", "timm", "transformers")]
     made = ", ".join([facts["cpu"], facts["isa"], f"{threads} thread(s)", *made, f"commit {facts['commit']}"])
     ours, others = ([row for row in rows if bool(ZOO[row.name].ours) == mine] for mine in (True, False))
-    parts = [INTRODUCTION.format(command=facts["command"], made=made)]
+    parts = ["\n".join([INTRODUCTION.format(command=facts["command"], made=made), *([LATENCY] if peers else [])])]
     if ours:
         parts += ["## Models of this package", table(ours, ["paper", "reference, of the same counts"], origin), NOTES]
     if others:
@@ -208,8 +208,8 @@ Made by `{command}` ({made}).
   share of the largest output, and that of the reference in eager float32. Weights are random, batch norm has the
   statistics of random pictures, and two pictures' outputs differ by at least a tenth of the largest; allowed are 1e-5
   and four times what eager float32 errs.
-- **In our kernels**: of the multiply-accumulates, those of steps with a kernel of ours, and the number of such steps.
-- **Latency** is that of one picture, median in milliseconds, of the reference as PyTorch runs it and accelerated."""
+- **In our kernels**: the share of multiply-accumulates in steps with a kernel of ours, and the number of such steps."""
+LATENCY = "- **ms**: the median time of one picture, of the reference as PyTorch runs it and as `accelerate` does."
 NOTES = """Papers state millions of parameters / of MACs. Where the counts are others:
 
 - MobileNetV2 (arXiv:1801.04381, table 4): 3.47 M parameters are without batch norm's 34,112 weights and biases, as the

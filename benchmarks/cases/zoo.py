@@ -25,14 +25,19 @@ class Part(nn.Module):
 
 def network(build: Callable[[], nn.Module], size: int) -> Callable[[int], Problem]:
     def make(batch):
-        return Problem(randomise(build(), size), [picture(batch, size) for _ in range(4)])
+        model = build()
+        hook = model.register_forward_pre_hook(lambda model, inputs: picture(*inputs))
+        randomise(model, size)
+        hook.remove()
+        return Problem(model, [picture(torch.randn(batch, 3, size, size)) for _ in range(4)])
 
     return make
 
 
-def picture(batch: int, size: int) -> torch.Tensor:
-    """Noise of a brightness and contrast of its own: noise alone looks all the same to some deep networks."""
-    return torch.randn(batch, 3, size, size) * (0.5 + torch.rand(batch, 1, 1, 1)) + torch.randn(batch, 3, 1, 1)
+def picture(noise: torch.Tensor) -> torch.Tensor:
+    """Gives each its own brightness and contrast: all noise looks the same to deep networks."""
+    n = len(noise)
+    return noise * (0.5 + torch.rand(n, 1, 1, 1)) + torch.randn(n, 3, 1, 1)
 
 
 @dataclass(frozen=True)
