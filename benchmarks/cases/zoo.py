@@ -35,9 +35,10 @@ def network(build: Callable[[], nn.Module], size: int) -> Callable[[int], Proble
 
 
 def picture(noise: torch.Tensor) -> torch.Tensor:
-    """Gives each its own brightness and contrast: all noise looks the same to deep networks."""
+    """Gives each its own contrast, colours and coarse spots: all noise looks the same to deep networks."""
     n = len(noise)
-    return noise * (0.5 + torch.rand(n, 1, 1, 1)) + torch.randn(n, 3, 1, 1)
+    spots = nn.functional.interpolate(torch.randn(n, 3, 8, 8), noise.shape[2:])
+    return noise * (0.5 + torch.rand(n, 1, 1, 1)) + spots + torch.randn(n, 3, 1, 1)
 
 
 @dataclass(frozen=True)
