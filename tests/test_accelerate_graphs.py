@@ -384,8 +384,10 @@ class SqueezeExcite(nn.Module):
         return x * F.hardsigmoid(self.b(F.relu(self.a(x.mean((2, 3), keepdim=True)))))
 
 
-@pytest.mark.parametrize("layer", CHANNEL_LAYERS)
-@pytest.mark.parametrize("split", SPLITS)
+SPLIT_LAYERS = [("sizes", layer) for layer in CHANNEL_LAYERS] + [(split, "depthwise") for split in SPLITS]
+
+
+@pytest.mark.parametrize("split, layer", sorted(set(SPLIT_LAYERS)))
 def test_channels_are_read_and_written_where_they_lie(split, layer):
     build, operation = CHANNEL_LAYERS[layer]
     sizes = [part.shape[1] for part in SPLITS[split](torch.empty(1, 24, 1, 1))]

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch._inductor.config
 from model_parity import assert_parity, pictures, randomise_batch_norm
 from torch import nn
 
@@ -99,13 +100,14 @@ def test_graph_breaks():
     assert_parity(model, compiled(model), pictures(2, 3, 32, 32))
 
 
-def test_weights_are_packed_once_and_again_after_a_change(monkeypatch):
+@pytest.mark.parametrize("freezing", [False, True])
+def test_weights_are_packed_once_and_again_after_a_change(freezing, monkeypatch):
     packed = []
     original = plan.PackedWeights.get
     monkeypatch.setattr(plan.PackedWeights, "get", lambda self, *a: packed.append(a) or original(self, *a))
     model, x = network(), pictures(2, 3, 32, 32)
     fast = compiled(model, options={"strict": True})
-    with torch.no_grad():
+    with torch.no_grad(), torch._inductor.config.patch(freezing=freezing):
         before = fast(x).clone()
         count = len(packed)
         assert count > 0

@@ -79,6 +79,8 @@ class _CompiledGraph:
         self.weight_positions = [i for i, weight in enumerate(is_weight) if weight]
         self.plain, derived, self.numbers = _for_export(graph)
         self.input_positions = [i for i, weight in enumerate(is_weight) if not weight and i not in derived]
+        # With torch._inductor.config.freezing, Dynamo leaves them in the graph.
+        self.own_weights = [*graph.parameters(), *graph.buffers()]
         self.forms: list[_Form] = []
         self.seen: set[tuple] = set()  # numbers, each of which takes a capture of its own
         self.refused = False
@@ -94,7 +96,7 @@ class _CompiledGraph:
             if len(self.seen) > _MAX_NUMBERS:
                 self.refuse("its numbers change all the time")
                 return self.graph(*args)
-        form = next((form for form in self.forms if form.has(weights)), None)
+        form = next((form for form in self.forms if form.has(self.own_weights + weights)), None)
         if form is None:
             form = self.form(weights, inputs)
             if form is None:
@@ -103,7 +105,8 @@ class _CompiledGraph:
 
     def form(self, weights: list[Tensor], inputs: list[Any]) -> _Form | None:
         module = _WithWeights(self.plain, self.weight_positions, weights, self.input_positions)
-        form = _Form(AcceleratedModule(module, strict=self.strict), weights)
+        everything = self.own_weights + weights
+        form = _Form(AcceleratedModule(module, strict=self.strict), everything)
         try:
             why = form.fast._plan(tuple(inputs), {})[1].capture.touches_inputs
             if why and self.strict:
@@ -116,7 +119,7 @@ class _CompiledGraph:
             self.refuse(why)
             return None
         # The same tensors with other values, and those that have been away longest, make room.
-        self.forms = [form, *(f for f in self.forms if not f.is_of(weights))][:_MAX_WEIGHTS]
+        self.forms = [form, *(f for f in self.forms if not f.is_of(everything))][:_MAX_WEIGHTS]
         return form
 
     def refuse(self, why: str) -> None:
