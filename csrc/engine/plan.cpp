@@ -297,7 +297,8 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
       check_plan_input(inputs, value);
       const at::Tensor input = inputs[value.location].resolve_neg();  // memory that holds the numbers themselves
       tensors[i] = value.any_strides ? input : input.contiguous(engine_format(value.shape.size()));
-      buffers[i] = value.any_strides ? buffer_with_strides(tensors[i]) : dense_buffer(tensors[i].data_ptr(), value.shape);
+      buffers[i] =
+          value.any_strides ? buffer_with_strides(tensors[i]) : dense_buffer(tensors[i].data_ptr(), value.shape);
     } else if (value.storage == Storage::kSlice) {
       buffers[i] = buffers[value.location];
       buffers[i].data =
