@@ -403,9 +403,10 @@ def test_channels_are_read_and_written_where_they_lie(split, layer):
 
     middle = None if operation is None else [operation] * len(sizes)
     steps = middle and ["pointwise_conv2d + relu", *middle, "pointwise_conv2d"]
-    fast = check(seeded(network), image(), steps=steps, allowed=1e-5)
+    allowed = 1e-5 if layer == "winograd" else 1e-6
+    fast = check(seeded(network), image(), steps=steps, allowed=allowed)
     for n in (1, 8):  # eight images run one by one
-        check(fast._model, image(n), fast=fast, allowed=1e-5)
+        check(fast._model, image(n), fast=fast, allowed=allowed)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -95,19 +95,6 @@ def test_shared_parameters_and_residuals_count_once():
     assert found.activation_bytes == 3 * 64  # both convolutions' and the sum
 
 
-def test_what_is_kept_in_lists_counts_once():
-    class Listed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stages = nn.ModuleList([nn.ModuleList([nn.Conv2d(4, 4, 1)]), nn.Sequential(nn.Conv2d(4, 2, 1))])
-
-        def forward(self, x):
-            return self.stages[1](self.stages[0][0](x))
-
-    found = cost.count(Listed(), (1, 4, 2, 2))
-    assert (found.macs, found.parameters) == (64 + 32, 20 + 10)
-
-
 @pytest.mark.parametrize(
     "name, size, macs, parameters",
     [  # millions, as the papers state them; where they differ by more than rounding, see the tolerance

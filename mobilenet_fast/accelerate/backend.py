@@ -131,18 +131,18 @@ class _Form:
     """A graph with weights packed, and which those were."""
 
     def __init__(self, fast: AcceleratedModule, weights: list[Tensor]):
-        self.fast, self.weights, self.versions = fast, weights, _versions(weights)
+        self.fast, self.weights = fast, weights
+        self.counting = [weight for weight in weights if not weight.is_inference()]  # how often they were written to
+        self.versions = self.current_versions()
 
     def is_of(self, weights: list[Tensor]) -> bool:
         return all(map(is_, self.weights, weights))
 
     def has(self, weights: list[Tensor]) -> bool:
-        return self.is_of(weights) and self.versions == _versions(weights)
+        return self.is_of(weights) and self.versions == self.current_versions()
 
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    """How often each was written to; tensors made in inference mode don't count."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    def current_versions(self) -> list[int]:
+        return [weight._version for weight in self.counting]
 
 
 class _WithWeights(nn.Module):
