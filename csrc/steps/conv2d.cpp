@@ -63,23 +63,29 @@ class Conv2d final : public Step {
       args.weight += round_up(y_shape_.c, kernels_.column_unit) * window_.kernel_h * window_.kernel_w * x_shape_.c;
     }
     args.columns = y_shape_.c;
-    args.panel_begin = panel_range.begin;
-    args.panel_end = panel_range.end;
     args.residual_stride = y_shape_.c;
     args.out_stride = pixel_stride(work.buffers[y_], y_shape_.c);
     args.activation = activation_;
     const T* residual = work.buffer<T>(residual_);
     T* y = work.buffer<T>(y_);
-    // Outputs [columns) of the output row `unit`, from inputs that begin at a.
-    const auto multiply = [&](int64_t unit, Range columns, const T* a, const int64_t* chunk_offset) {
+    // Outputs [columns) of `rows` output rows from `unit` on, whose inputs begin at a, a_row apart: panel by panel, so
+    // that each is read from beyond the L2 cache once.
+    const auto multiply = [&](int64_t unit, int64_t rows, Range columns, const T* a, int64_t a_row,
+                              const int64_t* chunk_offset) {
       if (columns.size() == 0) return;
-      const int64_t y_pixel = unit * y_shape_.w + columns.begin;
       args.rows = args.rows_per_block = columns.size();
-      args.a = a;
       args.chunk_offset = chunk_offset;
-      args.residual = residual == nullptr ? nullptr : residual + y_pixel * y_shape_.c;
-      args.out = y + y_pixel * args.out_stride;
-      kernels_.gemm(args);
+      for (int64_t panel = panel_range.begin; panel < panel_range.end; ++panel) {
+        args.panel_begin = panel;
+        args.panel_end = panel + 1;
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t y_pixel = (unit + row) * y_shape_.w + columns.begin;
+          args.a = a + row * a_row;
+          args.residual = residual == nullptr ? nullptr : residual + y_pixel * y_shape_.c;
+          args.out = y + y_pixel * args.out_stride;
+          kernels_.gemm(args);
+        }
+      }
     };
     for (int64_t unit = unit_range.begin; unit < unit_range.end;) {
       const int64_t image = unit / y_shape_.h, first = unit % y_shape_.h;
@@ -94,24 +100,19 @@ class Conv2d final : public Step {
           fill_strip(source + plane * input.strides[1], input.strides, pixel, top, strip_input_rows(rows), left, width,
                      strip + plane * strip_plane);
         }
-        for (int64_t row = 0; row < rows; ++row) {
-          multiply(unit + row, columns, strip + row * window_.stride_h * strip_row, strip_offsets);
-        }
+        multiply(unit, rows, columns, strip, window_.stride_h * strip_row, strip_offsets);
       };
-      if (!in_place) {
-        const int64_t rows = std::min({strip_rows_, y_shape_.h - first, unit_range.end - unit});
-        through_strip(rows, {0, y_shape_.w});
-        unit += rows;
-        continue;
-      }
-      const bool inside = first >= inner_rows.begin && first < inner_rows.end;
+      const int64_t rows =
+          in_place && !unpadded ? 1 : std::min({strip_rows_, y_shape_.h - first, unit_range.end - unit});
+      const bool inside = in_place && first >= inner_rows.begin && first < inner_rows.end;
       const Range direct = inside ? inner_columns : Range{0, 0};
       const int64_t top = first * window_.stride_h - window_.pad_top;
       const int64_t left = direct.begin * window_.stride_w - window_.pad_left;
-      multiply(unit, direct, source + top * input.strides[2] + left * pixel, offsets);
-      through_strip(1, {0, direct.begin});
-      through_strip(1, {direct.end, y_shape_.w});
-      ++unit;
+      multiply(unit, rows, direct, source + top * input.strides[2] + left * pixel, window_.stride_h * input.strides[2],
+               offsets);
+      through_strip(rows, {0, direct.begin});
+      through_strip(rows, {direct.end, y_shape_.w});
+      unit += rows;
     }
   }
 

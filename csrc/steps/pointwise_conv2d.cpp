@@ -20,9 +20,11 @@ class PointwiseConv2d final : public Step {
         gate_(gate),
         residual_(residual) {
     panels_ = panel_count((columns_ + kernels_.lanes - 1) / kernels_.lanes, kernels_.panel_vectors);
-    const int64_t row_bytes = static_cast<int64_t>(sizeof(T)) * (shape_.c + columns_);
-    // Inputs and outputs of the rows that pass all panels together take a quarter of the L2 cache, beside the panels.
-    rows_per_block_ = std::max<int64_t>(kernels_.panel_rows, l2_cache_bytes() / 4 / row_bytes);
+    // A panel, the inputs of the rows that pass all panels together, and what they give for one panel take three
+    // quarters of the L2 cache: the more rows, the less often all the weights come from beyond it.
+    const int64_t values = l2_cache_bytes() * 3 / 4 / static_cast<int64_t>(sizeof(T));
+    const int64_t width = kernels_.panel_vectors * kernels_.lanes;
+    rows_per_block_ = std::max<int64_t>(kernels_.panel_rows, (values - width * shape_.c) / (shape_.c + width));
   }
 
   // Where activations are larger than the weights, or are multiplied by a gate first, each thread takes some of the
