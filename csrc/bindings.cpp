@@ -186,19 +186,24 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [=](const std::string& isa, int threads) { return peak_gflops(isa_of(isa), std::max(1, threads)); },
       py::arg("isa"), py::arg("threads"), release);
 
+  py::class_<Arenas, std::shared_ptr<Arenas>>(m, "Arenas")
+      .def(py::init<>())
+      .def_property_readonly("idle_bytes", &Arenas::idle_bytes);
   py::class_<ValueRef>(m, "ValueRef").def(py::init<int64_t>()).def_readonly("index", &ValueRef::index);
   py::class_<Plan>(m, "Plan")
       .def(py::init([](const std::string& dtype,
                        const std::vector<std::tuple<std::string, int64_t, std::vector<int64_t>, bool, int64_t>>& values,
-                       const std::vector<int64_t>& outputs, int64_t arena_bytes, int64_t part_bytes) {
+                       const std::vector<int64_t>& outputs, int64_t arena_bytes, int64_t part_bytes,
+                       std::shared_ptr<Arenas> arenas) {
              std::vector<Value> converted;
              for (const auto& [storage, location, shape, any_strides, channel] : values) {
                converted.push_back({parse_storage(storage), location, shape, any_strides, channel});
              }
              return std::make_unique<Plan>(dtype == "float64" ? at::kDouble : at::kFloat, std::move(converted), outputs,
-                                           arena_bytes, part_bytes);
+                                           arena_bytes, part_bytes, std::move(arenas));
            }),
-           py::arg("dtype"), py::arg("values"), py::arg("outputs"), py::arg("arena_bytes"), py::arg("part_bytes"))
+           py::arg("dtype"), py::arg("values"), py::arg("outputs"), py::arg("arena_bytes"), py::arg("part_bytes"),
+           py::arg("arenas"))
       .def_readwrite("parts", &Plan::parts)
       .def("run", &Plan::run, release)
       .def("run_usual", &run_usual)

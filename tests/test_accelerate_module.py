@@ -707,6 +707,16 @@ def test_plans_and_captures_that_are_kept(model, x, monkeypatch):
     same(fast, model, pictures(1, 3, 20, 20))
 
 
+def test_plans_of_all_shapes_share_their_memory(model):
+    fast, alone = accelerate(model), accelerate(model)
+    for size in (16, 20, 64, 24):
+        for batch in (1, 5, 2):
+            same(fast, model, pictures(batch, 3, size, size))
+    for batch in (1, 5, 2):
+        same(alone, model, pictures(batch, 3, 64, 64))
+    assert 0 < fast._packed.arenas.idle_bytes == alone._packed.arenas.idle_bytes
+
+
 def test_weights_computed_for_a_plan_go_with_it(monkeypatch):
     monkeypatch.setattr(accelerate_module, "_MAX_PLANS", 1)
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))).eval()

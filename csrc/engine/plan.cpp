@@ -3,6 +3,8 @@
 #include <ATen/EmptyTensor.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
 
 #include "steps/common.h"
@@ -47,6 +49,11 @@ size_t root(const std::vector<Value>& values, size_t i) {
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 size_t whole_lines(size_t bytes) { return static_cast<size_t>(round_up(static_cast<int64_t>(bytes), 64)); }
+
+int64_t next_plan_id() {
+  static std::atomic<int64_t> next{0};
+  return next++;
+}
 
 // What each thread of a team does. `seconds`, where given, gets the time of each step added, from barrier to barrier.
 template <class Steps>
@@ -103,13 +110,37 @@ void run_step(const Step& step, const std::vector<Buffer>& buffers) {
            [&](const Team& team) { step.run({team, buffers.data(), memory, memory + shared + thread * team.index}); });
 }
 
+std::unique_ptr<Arenas::Arena> Arenas::take(int64_t plan) {
+  const std::lock_guard lock(mutex_);
+  if (idle_.empty()) return std::make_unique<Arena>();
+  auto found = std::find_if(idle_.begin(), idle_.end(), [&](const auto& arena) { return arena->plan == plan; });
+  if (found == idle_.end()) --found;
+  auto arena = std::move(*found);
+  idle_.erase(found);
+  return arena;
+}
+
+void Arenas::give_back(std::unique_ptr<Arena> arena) {
+  const std::lock_guard lock(mutex_);
+  idle_.push_back(std::move(arena));
+}
+
+size_t Arenas::idle_bytes() const {
+  const std::lock_guard lock(mutex_);
+  size_t bytes = 0;
+  for (const auto& arena : idle_) bytes += arena->memory.bytes() + arena->part_memory.bytes() + arena->scratch.bytes();
+  return bytes;
+}
+
 Plan::Plan(at::ScalarType dtype, std::vector<Value> values, std::vector<int64_t> outputs, int64_t arena_bytes,
-           int64_t part_bytes)
+           int64_t part_bytes, std::shared_ptr<Arenas> arenas)
     : dtype_(dtype),
       values_(std::move(values)),
       outputs_(std::move(outputs)),
       arena_bytes_(arena_bytes),
-      part_bytes_(part_bytes) {
+      part_bytes_(part_bytes),
+      id_(next_plan_id()),
+      arenas_(std::move(arenas)) {
   for (size_t i = 0; i < values_.size(); ++i) {
     const Storage storage = values_[root(values_, i)].storage;
     if (storage != Storage::kArena && storage != Storage::kPart) outside_.push_back(static_cast<int64_t>(i));
@@ -150,14 +181,6 @@ std::vector<std::string> Plan::describe() const {
     if (segment.aten != nullptr) lines.push_back("ATen " + c10::toString(segment.aten->op.operator_name()));
   }
   return lines;
-}
-
-std::unique_ptr<Plan::Arena> Plan::take_arena() {
-  const std::lock_guard lock(mutex_);
-  if (idle_.empty()) return std::make_unique<Arena>();
-  auto arena = std::move(idle_.back());
-  idle_.pop_back();
-  return arena;
 }
 
 void Plan::run_native(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const {
@@ -286,7 +309,7 @@ std::vector<double> Plan::profile(const std::vector<at::Tensor>& inputs) {
 std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std::vector<double>* seconds) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> tensors(values_.size());
-  std::unique_ptr<Arena> arena = take_arena();
+  std::unique_ptr<Arena> arena = arenas_->take(id_);
   std::vector<Buffer>& buffers = arena->buffers;
   const auto locate = [&](size_t i) {
     const Value& value = values_[i];
@@ -310,7 +333,8 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
       buffers[i] = Buffer{};  // until its step runs
     }
   };
-  if (buffers.empty()) {
+  if (arena->plan != id_) {
+    arena->plan = id_;
     buffers.resize(values_.size());
     for (size_t i = 0; i < values_.size(); ++i) locate(i);
   } else {
@@ -330,8 +354,7 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
   }
   std::vector<at::Tensor> results;
   for (int64_t output : outputs_) results.push_back(tensors[output]);
-  const std::lock_guard lock(mutex_);
-  idle_.push_back(std::move(arena));
+  arenas_->give_back(std::move(arena));
   return results;
 }
 

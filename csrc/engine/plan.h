@@ -41,10 +41,33 @@ struct AtenStep {
   std::vector<int64_t> outputs;  // values that take its results, in order; a list result is spread out; -1 drops one
 };
 
+// The memory that a network's plans run in, one arena a call at a time: plans of all shapes share them, so that they
+// take what the largest takes.
+class Arenas {
+ public:
+  struct Arena {
+    Scratch memory;
+    Scratch part_memory;
+    Scratch scratch;
+    std::vector<Buffer> buffers;  // of all values of the plan that ran here last; those in the arena stay as they are
+    int64_t plan = -1;            // which that was
+  };
+
+  // The one where this plan ran last, if it is free.
+  std::unique_ptr<Arena> take(int64_t plan);
+  void give_back(std::unique_ptr<Arena> arena);
+  // What those without a call hold.
+  size_t idle_bytes() const;
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<std::unique_ptr<Arena>> idle_;
+};
+
 class Plan {
  public:
   Plan(at::ScalarType dtype, std::vector<Value> values, std::vector<int64_t> outputs, int64_t arena_bytes,
-       int64_t part_bytes);
+       int64_t part_bytes, std::shared_ptr<Arenas> arenas);
   // Steps added while `parts` > 1 are for one of so many equal parts of the batch, and run once for each. They read and
   // write values of a part, and that part of the first dimension of any other value.
   int64_t parts = 1;
@@ -62,12 +85,7 @@ class Plan {
   std::vector<std::string> describe() const;
 
  private:
-  struct Arena {
-    Scratch memory;
-    Scratch part_memory;
-    Scratch scratch;
-    std::vector<Buffer> buffers;  // of all values; those in the arena stay as they are from run to run
-  };
+  using Arena = Arenas::Arena;
   struct Segment {  // native steps that run in one region, or one ATen step
     std::vector<std::unique_ptr<Step>> steps;
     std::unique_ptr<AtenStep> aten;
@@ -76,7 +94,6 @@ class Plan {
   };
 
   std::vector<at::Tensor> execute(const std::vector<at::Tensor>& inputs, std::vector<double>* seconds);
-  std::unique_ptr<Arena> take_arena();
   void run_native(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const;
   void run_parts(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const;
   void locate_part(int64_t part, int64_t parts, const std::vector<Buffer>& whole, char* memory,
@@ -90,8 +107,8 @@ class Plan {
   std::vector<int64_t> outputs_;
   int64_t arena_bytes_, part_bytes_;
   std::vector<Segment> segments_;
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Arena>> idle_;
+  const int64_t id_;  // no other plan of the process has it
+  std::shared_ptr<Arenas> arenas_;
 };
 
 }  // namespace mobilenet_fast

@@ -65,6 +65,7 @@ class Scratch {
     }
     return memory_.get();
   }
+  size_t bytes() const { return size_; }
 
  private:
   Memory memory_;

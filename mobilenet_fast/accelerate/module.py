@@ -41,11 +41,11 @@ class _Entry:
 class AcceleratedModule(nn.Module):
     """What :func:`accelerate` returns: same inputs and outputs as the model, for inference on CPU.
 
-    A plan is made for each set of input shapes, and the 64 used last are kept; they share packed weights. Numbers and
-    strings among the inputs are part of the plan. Strides are not: a model that asks for its input's layout goes the
-    way that it went when it was captured. Inputs are only read, even where the model writes to its own. A 4-D
-    output is channels_last if an input is, else contiguous. Any number of threads may call it at once. Autocast does
-    not change what it computes.
+    A plan is made for each set of input shapes, and the 64 used last are kept; they share packed weights and
+    memory. Numbers and strings among the inputs are part of the plan. Strides are not: a model that asks for its
+    input's layout goes the way that it went when it was captured. Inputs are only read, even where the model writes
+    to its own. A 4-D output is channels_last if an input is, else contiguous. Any number of threads may call it at
+    once. Autocast does not change what it computes.
 
     ``state_dict()`` holds the model's own keys with the weights in use, and ``load_state_dict()`` replaces them; there
     are no parameters to train, and ``train()`` leaves it in evaluation mode. Copies, pickles and files (:meth:`save`)

@@ -25,10 +25,11 @@ _ALIGNMENT = 64
 
 class PackedWeights:
     """Weights with batch norm folded in, in the kernels' layout; each packed once, whatever input shapes use it, and
-    dropped with the last plan that does.
+    dropped with the last plan that does. The memory to run in is shared by those plans as well.
     """
 
     def __init__(self) -> None:
+        self.arenas = _C.Arenas()
         self._packed: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
         self._memory = _C.NetworkWeights()
 
@@ -266,6 +267,7 @@ class _Builder:
             outputs=results,
             arena_bytes=arena_bytes,
             part_bytes=part_bytes,
+            arenas=self.packed.arenas,
         )
         for emit, (node, *_) in zip(self.steps, self.rows, strict=True):
             engine.parts = node.parts
