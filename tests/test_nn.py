@@ -344,7 +344,7 @@ def test_batch_norm_act_is_a_batch_norm(kwargs, layout, calls):
         (nn.Tanh,),
         (lambda: nn.ReLU(True), nn.Sigmoid),
     ],
-    ids=str,
+    ids=["default", "silu", "relu hardsigmoid", "by name", "tanh", "function"],
 )
 def test_squeeze_excitation_is_torchvisions(activations, calls):
     stock_activations = [
