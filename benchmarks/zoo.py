@@ -11,12 +11,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 
 from benchmarks import report
 from benchmarks.cases import Case, find_case
-from benchmarks.cases.zoo import ZOO
+from benchmarks.cases.zoo import ZOO, Part
 from benchmarks.peers import Peer
 from benchmarks.timing import ROOT, Result, environment, measure, verbose
 
@@ -63,6 +64,11 @@ class Row:
     fallbacks: dict[str, int] = field(default_factory=dict)  # operation and reason → steps
     failed: str | None = None
 
+    @property
+    def is_right(self) -> bool:
+        counts = self.reference in (None, [self.parameters, self.macs])
+        return self.failed is None and counts and (self.error is None or self.error <= self.allowed)
+
 
 @torch.no_grad()
 def examine(case: Case) -> Row:
@@ -76,7 +82,9 @@ def examine(case: Case) -> Row:
         found = cost.count(model, size)
         if entry.ours:
             row.reference = [found.parameters, found.macs]
-            model = models.create_model(entry.ours, weights=model.state_dict(), **entry.options).eval()
+            state = (model.module if entry.output else model).state_dict()
+            model = models.create_model(entry.ours, weights=state, **entry.options).eval()
+            model = Part(model, entry.output) if entry.output else model
             found = cost.count(model, size)
         row.parameters, row.macs = found.parameters, found.macs
         outputs = torch.stack([problem.module(x) for x in problem.inputs])
@@ -109,23 +117,54 @@ def examined(case: Case, threads: int) -> Row:
     return Row(**json.loads(run.stdout.splitlines()[-1]))
 
 
+@dataclass
+class Found:
+    """All about a model, and under which conditions it was found."""
+
+    row: Row
+    latencies: list[Result]
+    made: str
+
+
+def read(path: Path) -> dict[str, Found]:
+    """What earlier runs found, of the models that there still are."""
+    if not path.exists():
+        return {}
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: Found(Row(**kept[name]["row"]), [Result(**r) for r in kept[name]["latencies"]], kept[name]["made"])
+        for name in ZOO
+        if name in kept
+    }
+
+
 def main(options, cases: list[Case], peers: list[Peer]) -> int:
-    rows: dict[str, Row] = {}
-    latencies: dict[str, list[Result]] = {}
     (threads,) = options.threads
+    kept = options.out.with_suffix(".json")
+    found = read(kept)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    made = conditions(threads)
     for i, case in enumerate(cases):
         print(f"[{i + 1}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
-        row = rows[case.name] = examined(case, threads)
+        row, latencies = examined(case, threads), []
         print("|", *cells(row), flush=True)
         if not options.skip_latency:
-            latencies[case.name] = measure(case, peers, threads, 1, options.rounds, options.seconds)
-            print(report.results_table(latencies[case.name]), flush=True)
+            latencies = measure(case, peers, threads, 1, options.rounds, options.seconds)
+            print(report.results_table(latencies), flush=True)
         if case.folder(1):  # networks of gigabytes in all, which nothing else uses
             shutil.rmtree(case.folder(1), ignore_errors=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(page(list(rows.values()), latencies, threads), encoding="utf-8")
-    print("written:", options.out)
-    return int(any(row.failed for row in rows.values()))
+        found[case.name] = Found(row, latencies, made)
+        found = {name: found[name] for name in ZOO if name in found}
+        kept.write_text(json.dumps({name: asdict(f) for name, f in found.items()}, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(page(list(found.values())), encoding="utf-8")
+    print("written:", options.out, kept)
+    return int(not all(found[case.name].row.is_right for case in cases))
+
+
+def conditions(threads: int) -> str:
+    facts = report.conditions()
+    packages = [f"{name} {facts['versions'].get(name)}" for name in ("torch", "torchvision", "timm", "transformers")]
+    return ", ".join([facts["cpu"], facts["isa"], f"{threads} thread(s)", *packages, f"commit {facts['commit']}"])
 
 
 # The page
@@ -164,43 +203,54 @@ def markdown(table: list[list[str]]) -> str:
     )
 
 
-def page(rows: list[Row], latencies: dict[str, list[Result]], threads: int) -> str:
-    peers = [result.peer for result in next(iter(latencies.values()), [])]
+def page(found: list[Found]) -> str:
+    peers = list(dict.fromkeys(result.peer for f in found for result in f.latencies))
+    rows = [f.row for f in found]
+    latencies = {f.row.name: {result.peer: result for result in f.latencies} for f in found}
 
     def table(rows: list[Row], heading: list[str], more: Callable[[Row], list[str]]) -> str:
-        body = []
-        for row in rows:
-            results = {result.peer: result for result in latencies.get(row.name, [])}
-            body.append([*cells(row), *more(row), *(report.latency(results.get(peer)) for peer in peers)])
+        body = [
+            [*cells(row), *more(row), *(report.latency(latencies[row.name].get(peer)) for peer in peers)]
+            for row in rows
+        ]
         return markdown([[*HEADING, *heading, *(f"{peer}, ms" for peer in peers)], *body])
 
-    facts = report.conditions()
-    made = [f"{name} {facts['versions'].get(name)}" for name in ("torch", "torchvision", "timm", "transformers")]
-    made = ", ".join([facts["cpu"], facts["isa"], f"{threads} thread(s)", *made, f"commit {facts['commit']}"])
     ours, others = ([row for row in rows if bool(ZOO[row.name].ours) == mine] for mine in (True, False))
-    parts = ["\n".join([INTRODUCTION.format(command=facts["command"], made=made), *([LATENCY] if peers else [])])]
+    counts = Counter(f.made for f in found)
+    made = "\n".join(f"- {count} models: {what}" for what, count in counts.items())
+    parts = ["\n".join([INTRODUCTION, *([LATENCY] if peers else [])]), f"Made on:\n\n{made}"]
     if ours:
         parts += ["## Models of this package", table(ours, ["paper", "reference, of the same counts"], origin), NOTES]
     if others:
         parts += ["## Networks of other people", table(others, [], lambda row: [])]
-    fallen = [
-        f"- {row.name}: " + "; ".join(f"{count} × {what}" for what, count in row.fallbacks.items())
-        for row in rows
-        if row.fallbacks
-    ]
-    untimed = [
-        f"- {peer.peer}, {name}: {peer.failed}" for name, row in latencies.items() for peer in row if peer.failed
-    ]
-    for heading, lines in (("What falls back to PyTorch", fallen), ("Not timed", untimed)):
+    lists = {
+        "Slower than PyTorch": [f"- {name}: {what}" for name in latencies if (what := slower(latencies[name]))],
+        "What falls back to PyTorch": [
+            f"- {row.name}: " + "; ".join(f"{count} × {what}" for what, count in row.fallbacks.items())
+            for row in rows
+            if row.fallbacks
+        ],
+        "Not timed": [
+            f"- {result.peer}, {f.row.name}: {result.failed}" for f in found for result in f.latencies if result.failed
+        ],
+    }
+    for heading, lines in lists.items():
         if lines:
             parts += [f"## {heading}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
+def slower(results: dict[str, Result]) -> str:
+    """The peers of PyTorch's own that took less time than we."""
+    ours = next((r.median_ms for r in results.values() if r.ours), None)
+    faster = [r for r in results.values() if not r.ours and r.median_ms and ours and r.median_ms < ours]
+    return ", ".join(f"{r.peer} takes {r.median_ms / ours:.2f} of the time" for r in faster)
+
+
 HEADING = ["model", "pixels", "parameters", "MACs, millions", "error (eager's)", "in our kernels"]
 INTRODUCTION = """# Models
 
-Made by `{command}` ({made}).
+Made by `python -m benchmarks zoo`; with `--only` it makes those models' rows again and keeps the others.
 
 - **Parameters and multiply-accumulates (MACs)** are counted by `mobilenet_fast.cost` for one picture, ours and the
   reference's by the same code; auxiliary heads, which count in training alone, are left out.

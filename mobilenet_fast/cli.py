@@ -22,6 +22,7 @@ from torch import Tensor
 
 import mobilenet_fast
 from mobilenet_fast import cost, models
+from mobilenet_fast.models.pretrained import no_such
 
 IMAGENET_MEAN_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 HALF = (127.5,) * 3, (127.5,) * 3
@@ -148,7 +149,12 @@ def profile(options) -> int:
     else:
         model = models.create_model(options.model).eval()  # speed does not depend on the weights
     picture = torch.randn(options.batch, 3, options.size, options.size)
-    print(mobilenet_fast.accelerate(model, (picture,)).profile(picture))
+    try:
+        fast = mobilenet_fast.accelerate(model, (picture,))
+    except ValueError as error:
+        complain(str(error))
+        return 1
+    print(fast.profile(picture))
     return 0
 
 
@@ -171,6 +177,18 @@ def info(options) -> int:
     for name, value in facts.items():
         print(f"{name:<18}{value}")
     return 0
+
+
+def model_name(task: str | None = None) -> Callable[[str], str]:
+    """Takes a model's name, and tells those that come close to another."""
+
+    def parse(text: str) -> str:
+        names = models.list_models(task)
+        if text not in names:
+            raise argparse.ArgumentTypeError(no_such("model", text, names))
+        return text
+
+    return parse
 
 
 def positive(text: str) -> int:
@@ -248,14 +266,20 @@ def main(arguments: list[str] | None = None) -> int:
 
     command = commands.add_parser("classify", help="name what is in pictures")
     command.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders of them")
-    command.add_argument("--model", default="efficientnet_lite0", choices=models.list_models("classification"))
+    command.add_argument(
+        "--model",
+        metavar="MODEL",
+        default="efficientnet_lite0",
+        type=model_name("classification"),
+        help=f"%(default)s, or one of {', '.join(models.list_models('classification'))}",
+    )
     command.add_argument("--weights", metavar="WEIGHTS", help="the path of a state dict, or its name")
     command.add_argument("--top", type=positive, default=5, help="how many classes to print (%(default)s)")
     command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
     command.set_defaults(run=classify)
 
     command = commands.add_parser("profile", help="time each step of an accelerated model")
-    command.add_argument("model", metavar="MODEL", choices=models.list_models(), help=", ".join(models.list_models()))
+    command.add_argument("model", metavar="MODEL", type=model_name(), help=", ".join(models.list_models()))
     command.add_argument("--weights", metavar="WEIGHTS", help="the path of a state dict, or its name")
     command.add_argument("--batch", type=positive, default=1, help="pictures a call (%(default)s)")
     command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
@@ -263,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.set_defaults(run=profile)
 
     command = commands.add_parser("cost", help="count a model's multiply-accumulates, parameters and activations")
-    command.add_argument("model", metavar="MODEL", choices=models.list_models(), help=", ".join(models.list_models()))
+    command.add_argument("model", metavar="MODEL", type=model_name(), help=", ".join(models.list_models()))
     command.add_argument("--batch", type=positive, default=1, help="pictures a call (%(default)s)")
     command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
     command.add_argument("--csv", action="store_true", help="as lines of CSV")

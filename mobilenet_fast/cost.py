@@ -13,11 +13,12 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -80,7 +81,8 @@ class Cost:
 
     @property
     def parameters(self) -> int:
-        """Elements of all parameters; one that several modules share counts once."""
+        """Elements of the parameters of all modules that a call goes through, and of those that it reads elsewhere; one
+        that several modules share counts once."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
@@ -125,9 +127,9 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
     Raises:
         ValueError: ``input_size`` is no shape, or the model does not take it.
     """
-    size = tuple(input_size)
+    size = tuple(input_size) if isinstance(input_size, Iterable) else ()
     if not size or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"count: input_size must be positive integers, batch first, got {size}")
+        raise ValueError(f"count: input_size must be positive integers, batch first, got {input_size}")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     model = copy.deepcopy(model).to("meta").eval()
     x = torch.empty(size, dtype=dtype, device="meta")
@@ -137,6 +139,7 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
     storages = {_storage(x)}
 
     running: list[nn.Module] = []
+    reads = _Reads(running)
 
     def keep(module: nn.Module, values) -> list[torch.Tensor]:
         tensors = [y for y in tree_leaves(values) if isinstance(y, torch.Tensor)]
@@ -163,10 +166,11 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
         module.register_forward_hook(after)
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), counter, reads:
             model(x)
     except Exception as error:
-        raise ValueError(f"count: the model does not take an input of {size}: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"count: the model does not take an input of {size}: {reason}") from error
 
     # The counter's numbers of a module are those of all modules in it, two operations a multiply-accumulate.
     counted, root = counter.get_flop_counts(), type(model).__name__
@@ -180,11 +184,13 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
             yield from (child,) if child in order else called(child)
 
     layers, owned = [], set()
+    called_own = {id(p) for module in order for p in module.parameters(recurse=False)}
     names = {module: name for name, module in model.named_modules()}
     for module, shape in order.items():
         name = names[module]
         children = [macs(names[child]) for child in called(module)]
-        own = [p for p in module.parameters(recurse=False) if id(p) not in owned]
+        read = [p for p in reads.by_module.get(module, ()) if id(p) not in called_own]
+        own = [p for p in (*module.parameters(recurse=False), *read) if id(p) not in owned]
         owned.update(map(id, own))
         layer = Layer(
             name=name or root,
@@ -199,6 +205,21 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
     return Cost(tuple(layers))
 
 
+class _Reads(TorchDispatchMode):
+    """Which parameters operations read while which module runs: some belong to modules that are never called."""
+
+    def __init__(self, running: list[nn.Module]) -> None:
+        super().__init__()
+        self.running = running
+        self.by_module: dict[nn.Module, list[nn.Parameter]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, nn.Parameter) and self.running:
+                self.by_module.setdefault(self.running[-1], []).append(value)
+        return func(*args, **(kwargs or {}))
+
+
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -208,8 +229,8 @@ def scale_to_budget(
 ) -> tuple[float, float, int]:
     """Width, depth and resolution of the largest EfficientNet within a budget, by the paper's compound scaling.
 
-    Depth 1.2^φ, width 1.1^φ and resolution 224 · 1.15^φ, in steps of a hundredth of φ; resolutions are rounded to
-    multiples of 8. `mobilenet_fast.models.efficientnet` takes the three.
+    Depth 1.2^φ, width 1.1^φ and resolution 224 · 1.15^φ, φ from -4 to 8 in steps of a hundredth; resolutions are
+    rounded to multiples of 8. `mobilenet_fast.models.efficientnet` takes the three.
 
     Args:
         macs: multiply-accumulates of a picture, such as 4e8.
@@ -218,7 +239,7 @@ def scale_to_budget(
         threads: for the latency.
 
     Raises:
-        ValueError: not exactly one budget is given, or it is less than what φ = -4 takes.
+        ValueError: not exactly one budget is given, or it is not positive or less than what φ = -4 takes.
 
     EfficientNet (Tan and Le, 2019, arXiv:1905.11946), section 3.3.
     """
@@ -227,6 +248,8 @@ def scale_to_budget(
     if len(given) != 1:
         raise ValueError(f"scale_to_budget: one of macs, params and latency_ms must be given, got {len(given)}")
     ((name, budget),) = given.items()
+    if not budget > 0:
+        raise ValueError(f"scale_to_budget: {name} must be positive, got {budget}")
 
     def fits(hundredths: int) -> bool:
         width, depth, resolution = compound_scaling(hundredths / 100)
@@ -240,6 +263,8 @@ def scale_to_budget(
     low, high = -400, 800
     if not fits(low):
         raise ValueError(f"scale_to_budget: {name}={budget:g} is less than the smallest network (φ = -4) takes")
+    if name != "latency_ms" and fits(high):
+        return compound_scaling(high / 100)
     while high - low > 1:  # the smallest network fits, one of φ = 8 is taken not to
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -8,7 +8,7 @@ import torch._inductor.config
 from model_parity import assert_parity, pictures, randomise_batch_norm
 from torch import nn
 
-from mobilenet_fast.accelerate import backend, plan
+from mobilenet_fast.accelerate import backend, module, plan
 from mobilenet_fast.models import create_model
 from mobilenet_fast.nn import ConvNormAct, InvertedResidual
 
@@ -187,3 +187,87 @@ def test_strict():
 def test_unknown_option():
     with torch.no_grad(), pytest.raises(Exception, match="options may have strict, got 'speed'"):
         compiled(network(), options={"speed": 1})(pictures(2, 3, 32, 32))
+
+
+@torch.no_grad()
+def test_sizes_that_change_in_any_dimension():
+    for function, sizes in (
+        (lambda x: nn.functional.max_pool2d(x, 2), [(2, c, 8, 9) for c in (3, 5, 7, 11)]),
+        (lambda x: torch.einsum("blhd,bmhd->bhlm", x, x).softmax(-1), [(2, n, 4, 8) for n in (10, 12, 17, 23)]),
+    ):
+        for dynamic in (None, True):
+            torch._dynamo.reset()
+            fast = compiled(function, dynamic=dynamic)
+            for size in sizes:
+                x = torch.randn(size)
+                torch.testing.assert_close(fast(x), function(x))
+
+
+VIEWS = {"view": lambda y: y.view(-1), "slice": lambda y: y[:, :2], "detach": torch.detach, "clone": torch.clone}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("view", VIEWS)
+@torch.no_grad()
+def test_results_that_share_memory_do_so(view, layout):
+    conv = nn.Conv2d(8, 8, 1)
+
+    def run(x):
+        y = conv(x).contiguous()
+        z = VIEWS[view](y)
+        torch._dynamo.graph_break()
+        z.add_(1)
+        return y
+
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=layout)
+    torch.testing.assert_close(compiled(run)(x), run(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_results_have_the_layout_that_the_next_graph_was_compiled_for(dtype):
+    conv = nn.Conv2d(8, 8, 1, dtype=dtype)
+
+    def run(x):
+        y = conv(x).contiguous()
+        torch._dynamo.graph_break()
+        return y.view(2, -1) * 2
+
+    x = torch.randn(2, 8, 5, 5, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(compiled(run)(x), run(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_the_model_takes_but_a_plan_does_not(log):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x = TwoTensor(torch.randn(2, 3), torch.randn(2, 3))
+    assert torch.equal(compiled(lambda x: x * 3)(x).a, x.a * 3)
+    with pytest.raises(IndexError, match="out of range"):  # PyTorch's own
+        compiled(lambda i: nn.functional.embedding(i, torch.ones(3, 4)) * 2)(torch.tensor([5]))
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+@torch.no_grad()
+def test_other_weights_take_no_other_capture(buffer, monkeypatch):
+    captures = []
+    original = module._capture
+    monkeypatch.setattr(module, "_capture", lambda *args: captures.append(1) or original(*args))
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.Linear(8, 8)
+            self.register_buffer("state", torch.zeros(2, 8)) if buffer else setattr(self, "state", torch.zeros(2, 8))
+
+        def forward(self, x):
+            self.state = torch.tanh(self.cell(x) + self.state)
+            return self.state
+
+    model, x = Recurrent().eval(), torch.randn(2, 8)
+    fast, state = compiled(model), torch.zeros(2, 8)
+    for _ in range(5):
+        model.cell.weight.mul_(0.9)
+        state = torch.tanh(model.cell(x) + state)
+        torch.testing.assert_close(fast(x), state)
+    assert len(captures) <= 2

@@ -153,6 +153,9 @@ def test_scaling_to_a_budget():
     assert cost.scale_to_budget(macs=1e9)[0] > 1.1
     with pytest.raises(ValueError, match="^scale_to_budget: one of macs, params and latency_ms must be given, got 2"):
         cost.scale_to_budget(macs=1e9, params=1e6)
+    assert cost.scale_to_budget(params=1e9) == cost.compound_scaling(8)
+    with pytest.raises(ValueError, match="^scale_to_budget: macs must be positive, got nan"):
+        cost.scale_to_budget(macs=float("nan"))
     with pytest.raises(ValueError, match="^scale_to_budget: macs=1000 is less than the smallest network"):
         cost.scale_to_budget(macs=1000)
 
@@ -168,6 +171,41 @@ def test_bad_sizes():
         cost.count(nn.Linear(1, 1), (1, 0))
     with pytest.raises(ValueError, match=r"^count: the model does not take an input of \(1, 4, 8, 8\): "):
         cost.count(models.mobilenet_v3_small(), (1, 4, 8, 8))
+    for size in (224, None):
+        with pytest.raises(ValueError, match=f"^count: input_size must be positive integers, batch first, got {size}$"):
+            cost.count(nn.Linear(1, 1), size)
+
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match=r"^count: the model does not take an input of \(1, 1\): AssertionError$"):
+        cost.count(Fails(), (1, 1))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)  # which never calls its out_proj
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factors = nn.ParameterList([nn.Parameter(torch.ones(3))])
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return x * self.factors[0]
+
+
+def test_parameters_are_those_that_a_call_reads():
+    attention = Attention()
+    assert cost.count(attention, (1, 5, 16)).parameters == sum(p.numel() for p in attention.parameters())
+    assert cost.count(Listed(), (2, 3)).parameters == 3
 
 
 def test_command_and_plot(tmp_path, capsys):

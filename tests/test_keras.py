@@ -139,7 +139,8 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, network, monkeypatch, capsy
     assert f"from_keras: {path} is not of mobilenet_v3_small: it has no layer 'conv' with weights" in refused()
     write_legacy(path, arrays)
     assert f"from_keras: {path} is not of mobilenet_v2: it has no layer 'conv1' with weights" in refused("mobilenet_v2")
-    assert "from_keras: model must be one of mobilenet_v1, mobilenet_v2, " in refused("googlenet")
+    assert "from_keras: there is no model 'googlenet'; there are mobilenet_v1, mobilenet_v2, " in refused("googlenet")
+    assert "from_keras: there is no model 'mobilenetv2'; did you mean mobilenet_v2 or " in refused("mobilenetv2")
     write_legacy(path, arrays | {"conv_bn": arrays["conv_bn"][1:]})
     assert "from_keras: mobilenet_v3_small has 210 tensors, its layers in" in refused()
     write_legacy(path, arrays | {"conv_bn": [arrays["conv"][0], *arrays["conv_bn"][1:]]})
@@ -153,6 +154,10 @@ NETWORKS = {
     "mobilenet_v2": ("MobileNetV2", {}),
     "mobilenet_v3_large": ("MobileNetV3Large", {"include_preprocessing": False}),
     "mobilenet_v3_small": ("MobileNetV3Small", {"include_preprocessing": False}),
+    "mobilenet_v3_small minimalistic": (
+        "MobileNetV3Small",
+        {"include_preprocessing": False, "minimalistic": True},
+    ),
     "efficientnet_b0": ("EfficientNetB0", {}),
     "xception": ("Xception", {}),
 }
@@ -188,7 +193,9 @@ def test_computes_what_keras_computes(keras, tmp_path, name, side, suffix):
 
     path = tmp_path / f"network{suffix}"
     network.save_weights(path) if suffix == ".weights.h5" else network.save(path)
-    ours = models.create_model(name, num_classes=10, same_padding=PADDING.get(name, True)).double().eval()
+    name, *variant = name.split()
+    kwargs = {"num_classes": 10, "same_padding": PADDING.get(name, True), **dict.fromkeys(variant, True)}
+    ours = models.create_model(name, **kwargs).double().eval()
     ours.load_state_dict(models.from_keras(path, name))
     x = pictures(2, 3, side, side, seed=1).double()
     with torch.no_grad():

@@ -5,6 +5,7 @@ import importlib.util
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import import_timm, import_torchvision
@@ -25,8 +26,8 @@ def torchvision_mnasnet(width_mult=1.0, **kwargs):
     return import_torchvision().models.MNASNet(width_mult, **kwargs)
 
 
-def timm_model(name, dropout=0.2, **kwargs):
-    return import_timm().create_model(name, drop_rate=dropout, **kwargs)
+def timm_model(name, **kwargs):
+    return import_timm().create_model(name, **kwargs)
 
 
 def timm_mobilenet_v1(width_mult=1.0, **kwargs):
@@ -50,7 +51,7 @@ PAIRS = {
     "mnasnet_b1": torchvision_mnasnet,
     "googlenet": functools.partial(torchvision_inception, "googlenet"),
     "inception_v3": functools.partial(torchvision_inception, "inception_v3"),
-    "xception": functools.partial(timm_model, "legacy_xception", dropout=0.0),
+    "xception": functools.partial(timm_model, "legacy_xception"),
     **{f"efficientnet_b{i}": functools.partial(torchvision_model, f"efficientnet_b{i}") for i in range(8)},
     **{f"efficientnet_lite{i}": functools.partial(timm_model, f"tf_efficientnet_lite{i}") for i in range(5)},
 }
@@ -134,6 +135,12 @@ def test_hyperparameters_are_the_originals(name):
         original, ours = PAIRS[name](), models.create_model(name)
     assert norms(original) == norms(ours)
     assert convs(original) == convs(ours)
+
+    def dropouts(model):
+        layers = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+        return [p for p in [*layers, getattr(model, "drop_rate", 0.0)] if p > 0]
+
+    assert dropouts(original) == dropouts(ours)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -308,12 +315,33 @@ def test_another_networks_weights_are_refused(lite0):
 def test_registry():
     assert models.list_models("classification") == sorted([*PAIRS, "efficientnet"])
     assert isinstance(models.create_model("mobilenet_v3_small", num_classes=2), models.MobileNetV3)
-    with pytest.raises(ValueError, match="create_model: name must be one of .*mobilenet_v2.*, got 'resnet50'"):
+    with pytest.raises(ValueError, match="^create_model: there is no model 'resnet50'; there are .*mobilenet_v2"):
         models.create_model("resnet50")
     with pytest.raises(
         ValueError, match="^create_model: there is no model 'mobilenetv3_large'; did you mean mobilenet_v3_l"
     ):
         models.create_model("mobilenetv3_large")
+    with pytest.raises(ValueError, match="^list_models: there is no task 'detection'; there are classification, segm"):
+        models.list_models("detection")
+
+
+def test_integers_of_numpy_are_integers():
+    with torch.device("meta"):
+        model = models.mobilenet_v3_small(num_classes=np.int64(5), in_chans=np.int32(1))
+    assert model.classifier[-1].out_features == 5 and model.features[0][0].in_channels == 1
+
+
+def test_feature_maps_of_a_network_without_a_name():
+    network = models.MobileNetV1(10, 3, 0.25, "relu", 0.0)
+    assert models.FeatureMaps(network).channels == (16, 32, 64, 128, 256)
+
+
+def test_resolution_multiplier():
+    with torch.device("meta"):
+        sizes = [models.mobilenet_v1(resolution_mult=rho).resolution for rho in (1, 6 / 7, 5 / 7, 4 / 7)]
+    assert sizes == [224, 192, 160, 128]
+    with pytest.raises(ValueError, match="^mobilenet_v1: resolution_mult must be positive, got 0"):
+        models.mobilenet_v1(resolution_mult=0)
 
 
 @pytest.mark.parametrize(
@@ -393,6 +421,13 @@ def test_stochastic_depth_of_efficientnets_is_torchvisions():
     assert block.use_res_connect
     x = torch.randn(64, 192, 2, 2)
     assert (block(x) == x).flatten(1).all(1).float().mean() > 0.5
+
+
+def test_minimalistic_weights_are_timms():
+    torch.manual_seed(0)
+    original = randomise_batch_norm(timm_model("tf_mobilenetv3_small_minimal_100"), 0, (8, 3, 64, 64))
+    ours = models.mobilenet_v3_small(original.state_dict(), minimalistic=True, same_padding=True).eval()
+    assert_parity(original, ours, pictures(2, 3, 65, 96, seed=1))
 
 
 @pytest.mark.parametrize("size", ("large", "small"))
@@ -475,6 +510,16 @@ def test_least_pictures(name):
         with pytest.raises(RuntimeError):  # torch's own, without the check
             model(x)
         del model.least_size
+
+
+def test_least_pictures_with_the_padding_of_keras():
+    with torch.device("meta"):
+        model = models.mobilenet_v1(same_padding="keras", num_classes=2).eval()
+        maps = models.mobilenet_v1(same_padding="keras", features_only=True).eval()
+        assert maps.channels == (64, 128, 256, 512, 1024) and model(torch.empty(1, 3, 31, 31)).shape == (1, 2)
+        for network in (model, maps):
+            with pytest.raises(ValueError, match="^mobilenet_v1: pictures must be at least 31 x 31, got 30 x 40$"):
+                network(torch.empty(1, 3, 30, 40))
 
 
 def test_least_pictures_to_train_an_auxiliary_head():

@@ -907,7 +907,7 @@ def test_inverted_residual_is_torchvisions(row, size, calls):
 
 
 @pytest.mark.parametrize("order", ("depthwise_first", "pointwise_first"))
-@pytest.mark.parametrize("between", (None, "relu", "silu"))
+@pytest.mark.parametrize("between", (None, "relu", "silu", "elu"))
 @pytest.mark.parametrize("bias", (False, True))
 def test_separable_conv2d_in_either_order(order, between, bias):
     options = {"order": order, "activation_between": between}
@@ -934,8 +934,14 @@ def test_separable_conv_refuses_what_it_has_not():
         ValueError, match="^SeparableConv2d: depth_multiplier must be 1 with order=.pointwise_first., got 2"
     ):
         fast.SeparableConv2d(4, 4, order="pointwise_first", depth_multiplier=2)
-    with pytest.raises(ValueError, match="activation must be .*, got 'elu'"):
-        fast.SeparableConv2d(4, 4, activation_between="elu")
+    with pytest.raises(ValueError, match="activation must be .*, got 'tanh'"):
+        fast.SeparableConv2d(4, 4, activation_between="tanh")
+
+
+@pytest.mark.parametrize("layer", (nn.GELU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.PReLU))
+def test_activations_with_and_without_an_in_place_form(layer):
+    activation = fast.ConvNormAct(3, 4, activation_layer=layer)[-1]
+    assert type(activation) is layer and getattr(activation, "inplace", False) == (layer is nn.ELU)
 
 
 def test_separable_conv2d():

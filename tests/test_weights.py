@@ -191,8 +191,61 @@ def test_unknown_names_are_told_from_known_ones(name, kwargs, said):
 def test_list_weights():
     assert models.list_weights("mobilenet_v2")[:3] == ["IMAGENET1K_V1", "IMAGENET1K_V2", "DEFAULT"]
     assert models.list_weights("mobilenet_v2", same_padding=True) == models.list_weights("efficientnet") == []
-    with pytest.raises(ValueError, match="^list_weights: name must be one of .*, got 'resnet50'"):
+    with pytest.raises(ValueError, match="^list_weights: there is no model 'resnet50'; there are .*mobilenet_v2"):
         models.list_weights("resnet50")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_inception_networks_by_name_are_torchvisions(monkeypatch, name):
+    torchvision = import_torchvision().models
+    state = getattr(torchvision, name)(aux_logits=True, init_weights=False).state_dict()
+    monkeypatch.setattr(torchvision._api, "load_state_dict_from_url", lambda *args, **kwargs: state)
+    ours = models.create_model(name, weights="IMAGENET1K_V1")
+    assert ours.transform_input and getattr(torchvision, name)(weights="IMAGENET1K_V1").transform_input
+    plain = models.create_model(name, weights="IMAGENET1K_V1", aux_logits=False, transform_input=False)
+    assert not plain.transform_input and torch.equal(plain.fc.weight, state["fc.weight"])
+    assert not any("aux" in key.lower() for key in plain.state_dict())
+
+
+def test_weights_at_an_address(monkeypatch):
+    model = models.mobilenet_v3_small(width_mult=0.25)
+    asked = []
+
+    def fetch(url, **how):
+        asked.append((url, how))
+        if "missing" in url:
+            raise URLError("no route")
+        return model.state_dict()
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    ours = models.mobilenet_v3_small("https://example.org/small.pth", width_mult=0.25)
+    assert torch.equal(ours.features[0][0].weight, model.features[0][0].weight)
+    assert asked == [("https://example.org/small.pth", {"map_location": "cpu", "weights_only": True})]
+    with pytest.raises(OSError, match="could not be fetched: .*no route.*; the path of their file does as well$"):
+        models.efficientnet("https://example.org/missing.pth")
+
+
+def test_safetensors(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, path = models.mobilenet_v3_small(width_mult=0.25), tmp_path / "small.safetensors"
+    safetensors.save_file(model.state_dict(), path)
+    ours = models.mobilenet_v3_small(path, width_mult=0.25)
+    assert torch.equal(ours.features[0][0].weight, model.features[0][0].weight)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="^weights: .* is not a state_dict: "):
+        models.mobilenet_v3_small(path, width_mult=0.25)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match="^weights: .safetensors files take a package: pip install safetensors$"):
+        models.mobilenet_v3_small(path, width_mult=0.25)
+
+
+def test_old_checkpoints_count_no_batches():
+    model = models.mobilenet_v3_small(width_mult=0.25)
+    state = model.state_dict()  # with the metadata that new ones have
+    for key in [key for key in state if key.endswith("num_batches_tracked")]:
+        del state[key]
+    ours = models.mobilenet_v3_small(state, width_mult=0.25)
+    assert torch.equal(ours.features[0][0].weight, model.features[0][0].weight)
 
 
 @pytest.mark.parametrize("library, model", [("torchvision", "mobilenet_v2"), ("timm", "mobilenet_v1")])

@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks import third_party
 from benchmarks.cases.networks import PLAIN, randomise, timm, torchvision
 from benchmarks.cases.registry import Problem, case
+from mobilenet_fast import models
 
 
 class Part(nn.Module):
@@ -58,6 +59,7 @@ class Entry:
     size: int = 224
     ours: str | None = None
     options: dict = field(default_factory=dict)
+    output: str | None = None  # of those that the network gives by name
 
 
 def copy_of(name: str, source: str, theirs: str, size: int = 224, build_options=None, **options) -> Entry:
@@ -124,6 +126,20 @@ OURS = [
     copy_of("googlenet", "torchvision", "googlenet", 224, PLAIN, aux_logits=False),
     copy_of("inception_v3", "torchvision", "inception_v3", 299, PLAIN, aux_logits=False),
     copy_of("xception", "timm", "legacy_xception", 299),
+    Entry(
+        "torchvision lraspp_mobilenet_v3_large",
+        segmentation("lraspp_mobilenet_v3_large", "out"),
+        520,
+        "lraspp_mobilenet_v3_large",
+        output="out",
+    ),
+    Entry(  # nobody's that could be installed: what the row compares are eager and accelerated
+        "none",
+        lambda: Part(models.deeplab_v3plus_xception(), "out"),
+        513,
+        "deeplab_v3plus_xception",
+        output="out",
+    ),
 ]
 
 TIMM = {
@@ -163,7 +179,6 @@ OTHERS = [
     *(Entry(f"timm {name}", timm(name), size) for name, size in TIMM.items()),
     Entry("timm mobileone_s0, reparameterised", reparameterised("mobileone_s0")),
     *(Entry(f"torchvision {name}", torchvision(name)) for name in TORCHVISION),
-    Entry("torchvision lraspp_mobilenet_v3_large", segmentation("lraspp_mobilenet_v3_large", "out")),
     Entry("torchvision ssdlite320_mobilenet_v3_large, backbone", ssd_backbone("ssdlite320_mobilenet_v3_large"), 320),
     Entry("efficientnet-lite-pytorch efficientnet-lite0", efficientnet_lite_pytorch("efficientnet-lite0")),
     Entry("transformers MobileNetV1Model", transformers("MobileNetV1Model", "pooler_output")),

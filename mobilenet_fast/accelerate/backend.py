@@ -22,9 +22,10 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any], *, options: dict
     """What TorchDynamo calls for each graph that it captures.
 
     The graph runs as :func:`accelerate` runs a model: as plans, made at the first call with each set of input shapes.
-    Weights are packed once for each set of parameters and buffers, and again after one of them was written to. Graphs
-    that need gradients, and those that are not for float32 or float64 tensors on the CPU, that run under autocast,
-    that write to their inputs or weights, or that cannot be captured, run in PyTorch; the log says why (logger
+    Weights are packed once for each set of parameters and buffers, and again when PyTorch has counted that one of them
+    was written to: not through ``.data`` or numpy, nor of inference tensors, for which nothing is counted. Graphs that
+    need gradients, and those that are not for float32 or float64 tensors on the CPU, that run under autocast, that
+    write to their inputs or weights, or that cannot be captured, run in PyTorch; the log says why (logger
     ``mobilenet_fast.accelerate.backend``, level INFO).
 
     Args:
@@ -81,6 +82,7 @@ class _CompiledGraph:
         self.input_positions = [i for i, weight in enumerate(is_weight) if not weight and i not in derived]
         # With torch._inductor.config.freezing, Dynamo leaves them in the graph.
         self.own_weights = [*graph.parameters(), *graph.buffers()]
+        self.layouts = [_layout(output) for output in graph.graph.output_node().args[0]]
         self.forms: list[_Form] = []
         self.seen: set[tuple] = set()  # numbers, each of which takes a capture of its own
         self.refused = False
@@ -89,38 +91,54 @@ class _CompiledGraph:
         if self.refused:
             return self.graph(*args)
         weights = [args[i] for i in self.weight_positions]
-        inputs = [args[i] for i in self.input_positions]
-        if self.numbers:
-            inputs = [args[i].item() if i in self.numbers else args[i] for i in self.input_positions]
-            self.seen.add(tuple(value for value in inputs if not isinstance(value, Tensor)))
-            if len(self.seen) > _MAX_NUMBERS:
-                self.refuse("its numbers change all the time")
-                return self.graph(*args)
-        form = next((form for form in self.forms if form.has(self.own_weights + weights)), None)
-        if form is None:
-            form = self.form(weights, inputs)
-            if form is None:
-                return self.graph(*args)
-        return form.fast(*inputs)
-
-    def form(self, weights: list[Tensor], inputs: list[Any]) -> _Form | None:
-        module = _WithWeights(self.plain, self.weight_positions, weights, self.input_positions)
-        everything = self.own_weights + weights
-        form = _Form(AcceleratedModule(module, strict=self.strict), everything)
+        inputs = [args[i].item() if i in self.numbers else args[i] for i in self.input_positions]
         try:
-            why = form.fast._plan(tuple(inputs), {})[1].capture.touches_inputs
-            if why and self.strict:
-                raise NotImplementedError(f"mobilenet_fast backend: the graph {why}")
-        except NotImplementedError as error:
+            outputs = self.run(weights, inputs)
+        except Exception as error:
             if self.strict:
                 raise
-            why = str(error)
-        if why:
-            self.refuse(why)
-            return None
-        # The same tensors with other values, and those that have been away longest, make room.
-        self.forms = [form, *(f for f in self.forms if not f.is_of(everything))][:_MAX_WEIGHTS]
+            outputs = self.graph(*args)  # where an error of the caller's comes again
+            self.refuse(next(iter(str(error).splitlines()), "") or type(error).__name__)
+            return outputs
+        return self.graph(*args) if outputs is None else self.arrange(outputs)
+
+    def run(self, weights: list[Tensor], inputs: list[Any]) -> Sequence[Tensor] | None:
+        """The outputs, or None if the graph was refused."""
+        numbers = tuple(value for value in inputs if not isinstance(value, Tensor))
+        if numbers:
+            self.seen.add(numbers)
+            if len(self.seen) > _MAX_NUMBERS:
+                return self.refuse("its numbers change all the time")
+        everything = self.own_weights + weights
+        form = next((form for form in self.forms if form.has(everything)), None)
+        if form is None:
+            form = self.form(weights, everything)
+            if why := form.fast._plan(tuple(inputs), {})[1].capture.touches_inputs:
+                if self.strict:
+                    raise NotImplementedError(f"mobilenet_fast backend: the graph {why}")
+                return self.refuse(why)
+            # The same tensors with other values, and those that have been away longest, make room.
+            self.forms = [form, *(f for f in self.forms if not f.is_of(everything))][:_MAX_WEIGHTS]
+        return form.fast(*inputs)
+
+    def form(self, weights: list[Tensor], everything: list[Tensor]) -> _Form:
+        module = _WithWeights(self.plain, self.weight_positions, weights, self.input_positions)
+        form = _Form(AcceleratedModule(module, strict=self.strict), everything)
+        alike = next((other for other in self.forms if other.resembles(form)), None)
+        if alike is not None:  # what was captured holds no weights
+            form.fast._take_captures(alike.fast)
         return form
+
+    def arrange(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """In the layouts that the graph gives them: what follows was compiled for those."""
+        if all(
+            layout is None or y.is_contiguous(memory_format=layout)
+            for y, layout in zip(outputs, self.layouts, strict=True)
+        ):
+            return outputs
+        return tuple(
+            y if f is None else y.contiguous(memory_format=f) for y, f in zip(outputs, self.layouts, strict=True)
+        )
 
     def refuse(self, why: str) -> None:
         _log.info("a graph runs in PyTorch: %s", why)
@@ -140,6 +158,9 @@ class _Form:
 
     def has(self, weights: list[Tensor]) -> bool:
         return self.is_of(weights) and self.versions == self.current_versions()
+
+    def resembles(self, other: _Form) -> bool:
+        return all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(self.weights, other.weights, strict=True))
 
     def current_versions(self) -> list[int]:
         return [weight._version for weight in self.counting]
@@ -189,6 +210,15 @@ def _for_export(graph: fx.GraphModule) -> tuple[fx.GraphModule, set[int], set[in
     for i in sizes:
         copied.erase_node(placeholders[i])
     return fx.GraphModule(graph, copied), sizes, numbers
+
+
+def _layout(output: Any) -> torch.memory_format | None:
+    """Of an image among a graph's outputs."""
+    value = output.meta.get("example_value") if isinstance(output, fx.Node) else None
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return None
+    layouts = (torch.contiguous_format, torch.channels_last)
+    return next((layout for layout in layouts if value.is_contiguous(memory_format=layout)), None)
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -24,7 +24,8 @@ _capture_ids = itertools.count()
 
 class Capture:
     """An exported program that serves every batch size from 2 on, and batch 1 where that was seen to take the same
-    path; or, when the batch could not stay symbolic, exactly the example's shapes. It holds no parameters or buffers.
+    path; or, of an empty batch or when the batch could not stay symbolic, exactly the example's shapes. It holds no
+    parameters or buffers.
     ``structure`` is given where the outputs hold dataclasses.
     """
 
@@ -37,7 +38,7 @@ class Capture:
         batch = batches.pop()[0] if len(batches) == 1 and () not in batches else None
         self.serves_batch_1 = batch is not None and _same_path(model, args, kwargs)
         program = None
-        if batch is not None and (batch != 1 or self.serves_batch_1):
+        if batch and (batch != 1 or self.serves_batch_1):
             try:
                 program = _export(model, _with_batch((args, kwargs), max(2, batch)), symbolic=True)
             except Exception:  # the batch could not stay symbolic: the error, if it is one, comes again below
@@ -51,7 +52,7 @@ class Capture:
             if node.target in _DROPOUTS and not node.args[2]:
                 node.target, node.args = aten.alias.default, node.args[:1]
         _inline_regions(program.graph_module)
-        self.touches_inputs = _touches_inputs(program)
+        self.touches_inputs = _touches_inputs(program, self._own)
         if _needs_functional(program.graph):
             program = program.run_decompositions({})
         signature = program.graph_signature
@@ -109,7 +110,7 @@ class Capture:
                 bounds = self.range_constraints.get(expression)
                 if actual == 1 and self.serves_batch_1:
                     continue
-                if actual == 1 or (bounds is not None and not bounds.lower <= max(actual, 2) <= bounds.upper):
+                if actual < 2 or (bounds is not None and not bounds.lower <= actual <= bounds.upper):
                     return None
         return symbols
 
@@ -139,49 +140,63 @@ def _export(model: torch.nn.Module, inputs: tuple[tuple, dict], *, symbolic: boo
 
 
 class _Trace(TorchFunctionMode):
-    """Notes each torch function called, the sizes and plain values given to it, and the sizes that it returned."""
+    """Notes each torch function called, which tensors of what sizes and plain values it was given and returned."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[list[Any]] = []
+        self.calls: list[tuple] = []
+        self.numbers: dict[int, int] = {}  # of tensors computed, by identity
+        self.seen: list[torch.Tensor] = []  # so that no other gets the identity of one that is gone
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        leaves = pytree.tree_leaves((args, kwargs, result))
-        self.calls.append([getattr(func, "__name__", str(func)), *map(_sizes, leaves)])
+        self.note(getattr(func, "__name__", str(func)), (args, kwargs, result))
         return result
 
+    def note(self, what: str, values: Any) -> None:
+        self.calls.append((what, *map(self.describe, pytree.tree_leaves(values))))
 
-def _sizes(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape)
-    return leaf if isinstance(leaf, (int, float, str, slice, torch.dtype)) else None
+    def describe(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf if isinstance(leaf, (int, float, str, slice, torch.dtype)) else None
+        if not isinstance(leaf, FakeTensor):
+            return (f"own {id(leaf)}", *leaf.shape)
+        if id(leaf) not in self.numbers:
+            self.numbers[id(leaf)] = len(self.seen)
+            self.seen.append(leaf)
+        return (f"computed {self.numbers[id(leaf)]}", *leaf.shape)
+
+
+_SEVERAL = 7
+"""Images of a batch: a number that little else is likely to be."""
 
 
 def _same_path(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether the model does the same with one image as with two: the same functions, with sizes that differ by the
-    batch alone. A symbolic batch stands for two or more, so one image needs a look of its own: think of ``squeeze()``.
+    """Whether the model does the same with one image as with several: the same functions on the same tensors, with
+    sizes that differ by the batch alone. A symbolic batch stands for two or more, so one image needs a look of its own:
+    think of ``squeeze()``.
     """
 
-    def same(one: Any, two: Any) -> bool:
-        if isinstance(one, tuple) and isinstance(two, tuple) and len(one) == len(two):
-            return all(map(same, one, two))
-        if type(one) is int and type(two) is int:
-            return two in (one, 2 * one)
-        return type(one) is type(two) and one == two
+    def same(one: Any, several: Any) -> bool:
+        if isinstance(one, tuple) and isinstance(several, tuple) and len(one) == len(several):
+            return all(map(same, one, several))
+        if type(one) is int and type(several) is int:
+            return several in (one, _SEVERAL * one)
+        return type(one) is type(several) and one == several
 
     calls = []
-    for batch in (1, 2):
+    for batch in (1, _SEVERAL):
         trace = _Trace()
         try:
             # Fake tensors compute nothing but shapes, and our own layers take them through plain PyTorch, as in export.
             with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
                 wide_args, wide_kwargs = _with_batch((args, kwargs), batch)
                 with trace:
-                    model(*wide_args, **wide_kwargs)
+                    result = model(*wide_args, **wide_kwargs)
+                trace.note("result", result)
         except Exception:
             return False
-        calls.append(tuple(map(tuple, trace.calls)))
+        calls.append(tuple(trace.calls))
     return same(*calls)
 
 
@@ -223,6 +238,8 @@ def _viewed(node: torch.fx.Node) -> torch.fx.Node | None:
         return node.args[0]
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
+    if node.target in _UNTOLD_VIEWS:
+        return next(iter(node.all_input_nodes), None)
     if all(result.alias_info is None for result in node.target._schema.returns):
         return None
     return next((value for argument, value in _arguments(node) if argument.alias_info is not None), None)
@@ -243,18 +260,44 @@ def _functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     return getattr(packet, target._overloadname, None)
 
 
-def _touches_inputs(program: torch.export.ExportedProgram) -> str | None:
-    """What a program does that its inputs' owner would see, if anything: accelerated models only read them."""
-    inputs = set(program.graph_signature.user_inputs)
+# Those that may give a view of their first tensor, or that itself, although their schemas do not say so.
+_UNTOLD_VIEWS = {
+    aten.broadcast_tensors.default,
+    aten.channel_shuffle.default,
+    aten.einsum.default,
+    aten.meshgrid.default,
+    aten.meshgrid.indexing,
+    aten.type_as.default,
+}
+
+
+def _touches_inputs(program: torch.export.ExportedProgram, own_name: Callable[[str], str]) -> str | None:
+    """What a program does that others who hold its inputs, weights or outputs would see, if anything: accelerated
+    models only read their inputs, and each output has memory of its own.
+
+    Raises NotImplementedError where it writes to a view of what is the model's own.
+    """
+    signature = program.graph_signature
+    inputs = set(signature.user_inputs)
+    own = {spec.arg.name: spec for spec in signature.input_specs if spec.kind.name in _OWN}
     base: dict[torch.fx.Node, torch.fx.Node] = {}  # the tensor whose memory it may share
+    touched = None
     for node in program.graph.nodes:
         written = _written(node)
         source = _viewed(node) if written is None else written
         base[node] = base[source] if isinstance(source, torch.fx.Node) else node
-        if any(base[n].name in inputs for n in pytree.tree_leaves(written) if isinstance(n, torch.fx.Node)):
-            return "writes to an input"
+        bases = [base[n].name for n in pytree.tree_leaves(written) if isinstance(n, torch.fx.Node)]
+        if changed := next((own[name] for name in bases if name in own), None):
+            raise NotImplementedError(_WRITES.format(f"{_OWN[changed.kind.name]} '{own_name(changed.target)}'"))
+        if any(name in inputs for name in bases):
+            touched = "writes to an input"
     outputs = [value for value in program.graph.output_node().args[0] if isinstance(value, torch.fx.Node)]
-    return "returns memory of an input" if any(base[output].name in inputs for output in outputs) else None
+    if not touched and any(base[output].name in inputs for output in outputs):
+        touched = "returns memory of an input"
+    bases = [base[output] for output in outputs]
+    if not touched and (len(set(bases)) < len(bases) or any(b.name in own for b in bases)):
+        touched = "returns memory of a weight, or the same memory twice"
+    return touched
 
 
 def _needs_functional(graph: torch.fx.Graph) -> bool:
@@ -327,6 +370,7 @@ _STRIDELESS = {
 _STRIDED = {aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default}
 _REFUSED = "accelerate: {} cannot be a step of a plan"
 _WRITES = "accelerate: the model changes its own {} in forward"
+_OWN = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "tensor"}
 
 
 class _Lowering:
@@ -455,10 +499,18 @@ class _Lowering:
         with torch.no_grad():
             result = _call_with_schema(target, pytree.tree_map(tensor, arguments))
 
+        # What depends on the sizes of inputs is another constant for others.
+        depends = any(
+            isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+            or (isinstance(self.env[n], Constant) and "@" in self.env[n].name)
+            for n in fx_node.all_input_nodes
+        )
+        sizes = "@" + ",".join(map(str, self.symbols.values())) if depends else ""
+
         def name(index: int, value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
-            constant = Constant(f"{self.capture.id}:{fx_node.name}:{index}")
+            constant = Constant(f"{self.capture.id}:{fx_node.name}:{index}{sizes}")
             self.constants[constant.name] = value
             return constant
 
@@ -562,7 +614,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _conv2d(lowering, target, x, weight, bias, stride, padding, dilation, groups):
-    if not isinstance(weight, Constant) or isinstance(bias, Node) or len(x.shape) != 4:
+    if len(x.shape) != 4 or not _are_weights(lowering, weight, bias, 4):
         return None
     kernel = tuple(lowering.constants[weight.name].shape[2:])
     stride, dilation = _pair(stride), _pair(dilation)
@@ -582,14 +634,28 @@ def _conv2d(lowering, target, x, weight, bias, stride, padding, dilation, groups
     }
 
 
+def _are_weights(lowering: _Lowering, weight: Any, bias: Any, dim: int) -> bool:
+    """Whether a kernel takes them: known, of as many dimensions, of some channels in and out, and a number of bias for
+    each of these.
+    """
+    if not isinstance(weight, Constant) or isinstance(bias, Node):
+        return False
+    shape = lowering.constants[weight.name].shape
+    if len(shape) != dim or 0 in shape:
+        return False
+    return bias is None or lowering.constants[bias.name].shape == shape[:1]
+
+
 def _linear(lowering, target, x, weight, bias):
-    if not isinstance(weight, Constant) or isinstance(bias, Node) or len(x.shape) not in (2, 3):
+    if len(x.shape) not in (2, 3) or not _are_weights(lowering, weight, bias, 2):
         return None
     return {"weights": Weights(weight.name, _name(bias))}
 
 
 def _batch_norm(lowering, target, x, weight, bias, mean, var, training, momentum, eps, cudnn):
-    if training or not isinstance(mean, Constant) or not isinstance(var, Constant):
+    if training or isinstance(weight, Node) or isinstance(bias, Node):
+        return None
+    if not isinstance(mean, Constant) or not isinstance(var, Constant):
         return None
     return {"batch_norm": BatchNorm(_name(weight), _name(bias), mean.name, var.name, eps)}
 
@@ -640,7 +706,8 @@ def _avg_pool2d(lowering, target, x, kernel, stride, padding, ceil_mode, count_i
 
 
 def _max_pool2d(lowering, target, x, kernel, stride, padding, dilation, ceil_mode):
-    if len(x.shape) != 4:
+    # With a dilation, all of a window may lie in the padding.
+    if len(x.shape) != 4 or (_pair(dilation) != (1, 1) and _pair(padding) != (0, 0)):
         return None
     return {**_window(kernel, stride, padding, dilation), "mean": False, "count_padding": False, "divisor": 0}
 

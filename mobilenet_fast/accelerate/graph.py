@@ -5,7 +5,8 @@ Operations: ``conv2d`` and ``linear`` (dense, pointwise, depthwise: one node wit
 (maxima or means over windows), ``cat`` (of channels), ``channels`` (some, from ``start`` on), ``pad``, ``expand``,
 ``reshape``, ``squeeze_excite`` (its result is the gate), ``gate`` (x times a gate), ``input``, ``aten`` for everything
 else, and ``result`` for one of several results of such a call. Shapes are concrete: a graph belongs to one input shape.
-``part`` and ``whole`` come with :func:`~mobilenet_fast.accelerate.batch.split_batch`."""
+``inverted_residual`` comes with :func:`~mobilenet_fast.accelerate.blocks.fuse_blocks`, ``part`` and ``whole`` with
+:func:`~mobilenet_fast.accelerate.batch.split_batch`."""
 
 from __future__ import annotations
 

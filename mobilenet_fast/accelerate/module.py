@@ -80,6 +80,12 @@ class AcceleratedModule(nn.Module):
             self._hide("_last", None)
             self._hide("_usual", None)  # the last plan's run_usual(), if it was called with one tensor alone
 
+    def _take_captures(self, other: AcceleratedModule) -> None:
+        """Those of a module of the same network with other weights, as far as they hold no tensors."""
+        with other._lock:
+            self._captures[:] = [capture for capture in other._captures if not capture.tensors]
+            self._examples.update(other._examples)
+
     def _hide(self, name: str, value: Any) -> None:
         # Not a submodule: a larger model's parameters(), to() and train() pass it by.
         object.__setattr__(self, name, value)
@@ -141,13 +147,16 @@ class AcceleratedModule(nn.Module):
 
     def _prepare(self, args: tuple, kwargs: dict[str, Any], leaves: Any, key: tuple) -> _Entry:
         spec = pytree.tree_structure((args, kwargs))
-        self._check(leaves, self._examples.get(spec))
+        mismatch = self._check(leaves, self._examples.get(spec))
         capture = next((c for c in self._captures if c.spec == spec and c.serves(leaves)), None)
         known = capture is not None
         if not known:
             # What torch.compile made of a part reads the memory of its inputs, which those of a capture do not have.
-            with _capture_lock, torch.compiler.set_stance("force_eager"):
-                capture = _capture(_frozen_copy(self._model), args, kwargs)
+            try:
+                with _capture_lock, torch.compiler.set_stance("force_eager"):
+                    capture = _capture(_frozen_copy(self._model), args, kwargs)
+            except ValueError as error:
+                raise ValueError(mismatch or str(error)) from error
         plan = build(optimise(capture.lower(leaves, _state(self._model))), self._packed, _C.cpu_isa())
         if self.strict and plan.report.fallbacks:
             rows = "; ".join(f"{row.name}: {row.fallback}" for row in plan.report.fallbacks)
@@ -162,8 +171,11 @@ class AcceleratedModule(nn.Module):
         entry = self._plans[key] = _Entry(plan, capture)
         return entry
 
-    def _check(self, leaves: Any, examples: list[Any] | None) -> None:
-        """Refuses inputs unlike the ones captured first; their batch and image size may differ."""
+    def _check(self, leaves: Any, examples: list[Any] | None) -> str | None:
+        """Refuses inputs unlike the ones captured first; their batch and image size may differ. Few models take images
+        of other channels: what to say if this one does not is returned.
+        """
+        mismatch = None
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, torch.Tensor):
                 continue
@@ -182,7 +194,8 @@ class AcceleratedModule(nn.Module):
             if leaf.dim() != len(shape):
                 raise ValueError(f"{what} must have {len(shape)} dimensions, got shape {tuple(leaf.shape)}")
             if leaf.dim() == 4 and leaf.shape[1] != shape[1]:
-                raise ValueError(f"{what} must be (N, {shape[1]}, H, W), got {tuple(leaf.shape)}")
+                mismatch = f"{what} must be (N, {shape[1]}, H, W), got {tuple(leaf.shape)}"
+        return mismatch
 
     # What users ask
 
@@ -373,10 +386,10 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
     """Captures a model that nobody else uses: tracing leaves fake tensors in what a model makes at its first call and
     keeps, so that it is called once before.
     """
-    zeros, zero_kwargs = pytree.tree_map_only(torch.Tensor, torch.zeros_like, (args, kwargs))
+    own_args, own_kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))  # for the model to write to
     try:
         with torch.random.fork_rng(devices=()):
-            outputs = model(*zeros, **zero_kwargs)
+            outputs = model(*own_args, **own_kwargs)
     except Exception as error:
         dtypes = {tensor.dtype for tensor in _state(model).values() if tensor.is_floating_point()}
         for leaf in pytree.tree_leaves((args, kwargs)):

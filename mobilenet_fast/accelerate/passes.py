@@ -26,6 +26,7 @@ def optimise(graph: Graph) -> Graph:
         recognise_gates,
         fuse_residual_and_activation,
         fuse_gate,
+        own_outputs,
     ):
         rewrite(graph)
         graph.remove_dead()
@@ -207,14 +208,16 @@ def recognise_squeeze_excite(graph: Graph) -> None:
     users = graph.users()
 
     def next_of(node: Node) -> Node | None:
-        """The only reader, past reshapes between (N, C) and (N, C, 1, 1)."""
+        """The only reader, past reshapes among (N, C), (N, C, 1) and (N, C, 1, 1)."""
         following = only_user(graph, users, node)
         while following is not None and following.op == "reshape" and _is_vector(following, node.shape[:2]):
             following = only_user(graph, users, following)
         return following
 
     def is_layer(node: Node | None) -> bool:
-        return node is not None and (is_pointwise(node) or node.op == "linear")
+        if node is None or len(node.inputs[0].shape) == 3:  # whose last dimension a layer takes for channels
+            return False
+        return is_pointwise(node) or node.op == "linear"
 
     for pool in graph.matches(lambda n: n.op == "global_avg_pool"):
         chain = [pool]
@@ -239,7 +242,7 @@ def recognise_squeeze_excite(graph: Graph) -> None:
 
 
 def _is_vector(node: Node, shape: tuple[int, ...]) -> bool:
-    """(N, C) or (N, C, 1, 1), which are the same in memory."""
+    """(N, C), (N, C, 1) or (N, C, 1, 1), which are the same in memory."""
     return node.shape[:2] == shape and all(size == 1 for size in node.shape[2:])
 
 
@@ -316,3 +319,17 @@ def fuse_gate(graph: Graph) -> None:
         conv.attrs["gate"] = True
         conv.attrs.pop("call", None)
         users = graph.users()
+
+
+def own_outputs(graph: Graph) -> None:
+    """No output is an input, nor another output: they are the caller's to write to."""
+    seen = set(graph.inputs)
+    for i, output in enumerate(graph.outputs):
+        if not isinstance(output, Node):
+            continue
+        if output in seen:
+            call = Call(torch.ops.aten.clone.default, [output, None])
+            output = Node("aten", list(call.inputs), output.shape, output.dtype, {"call": call}, f"{output.name}_copy")
+            graph.nodes.append(output)
+            graph.outputs[i] = output
+        seen.add(output)

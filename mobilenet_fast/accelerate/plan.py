@@ -180,7 +180,7 @@ class _Value:
 
 def build(graph: Graph, packed: PackedWeights, isa: str) -> Plan:
     fuse_blocks(graph, _C.l2_cache_bytes())
-    split_batch(graph, is_native, _C.l2_cache_bytes(), torch.get_num_threads())
+    split_batch(graph, runs_here, _C.l2_cache_bytes(), torch.get_num_threads())
     return _Builder(graph, packed, isa).build()
 
 
@@ -596,6 +596,12 @@ _NATIVE = ("inverted_residual", "squeeze_excite", "global_avg_pool", "pool2d", "
 def is_native(node: Node) -> bool:
     """Whether a kernel of ours runs the node."""
     return node.op in _NATIVE or has_kernel(node) or is_affine(node) or is_sum(node)
+
+
+def runs_here(node: Node) -> bool:
+    """Whether the node is no step through ATen, as are channels of what such a step gives."""
+    source = node.inputs[0] if node.op == "channels" else None
+    return is_native(node) and (source is None or source.op == "input" or runs_here(source))
 
 
 def winograd_serves(node: Node) -> bool:

@@ -28,13 +28,13 @@ _STAGES = (
     Stage(4, 5, 2, 6, 192),
     Stage(1, 3, 1, 6, 320),
 )
-# Width, depth, resolution and dropout of Lite0, Lite1, …
+# Width, depth and resolution of Lite0, Lite1, …
 _SCALES = (
-    (1.0, 1.0, 224, 0.2),
-    (1.0, 1.1, 240, 0.2),
-    (1.1, 1.2, 260, 0.3),
-    (1.2, 1.4, 280, 0.3),
-    (1.4, 1.8, 300, 0.3),
+    (1.0, 1.0, 224),
+    (1.0, 1.1, 240),
+    (1.1, 1.2, 260),
+    (1.2, 1.4, 280),
+    (1.4, 1.8, 300),
 )
 
 
@@ -66,16 +66,14 @@ def efficientnet_lite0(weights: Weights | None = None, **kwargs) -> EfficientNet
         ValueError: ``weights`` is neither a name nor the file of a state_dict.
         RuntimeError: ``weights`` are another model's.
     """
-    width, depth, resolution, dropout = _SCALES[0]
-    model = EfficientNetLite(width, depth, resolution, **{"dropout": dropout} | kwargs)
-    return load_weights(model, weights, _to_timm_keys)
+    return load_weights(EfficientNetLite(*_SCALES[0], **kwargs), weights, _to_timm_keys)
 
 
 def _register_scaled(number: int) -> Callable[..., EfficientNetLite]:
-    width, depth, resolution, dropout = _SCALES[number]
+    width, depth, resolution = _SCALES[number]
 
     def build(weights: Weights | None = None, **kwargs) -> EfficientNetLite:
-        return load_weights(EfficientNetLite(width, depth, resolution, **{"dropout": dropout} | kwargs), weights)
+        return load_weights(EfficientNetLite(width, depth, resolution, **kwargs), weights)
 
     build.__name__ = build.__qualname__ = f"efficientnet_lite{number}"
     build.__doc__ = f"""timm's ``tf_efficientnet_lite{number}``: the same network with the same state_dict keys.
@@ -84,7 +82,7 @@ def _register_scaled(number: int) -> Callable[..., EfficientNetLite]:
 
     Args:
         weights: None, a state_dict, the path of one, or a name of `list_weights`; timm's checkpoints fit.
-        **kwargs: see `EfficientNetLite`; ``dropout`` is {dropout}.
+        **kwargs: see `EfficientNetLite`.
 
     Raises:
         ValueError: ``weights`` is neither a file nor a name.
@@ -100,7 +98,7 @@ class EfficientNetLite(Trunk):
         width: factor on the number of channels, but for stem and head.
         depth: factor on the number of blocks of each stage, but for the first and the last.
         resolution: height and width of the pictures it is meant for, in pixels; kept as an attribute.
-        dropout: before the classifier, in training.
+        dropout: before the classifier, in training; the authors' is 0.2, and from Lite2 on 0.3.
         num_classes: logits a picture.
         in_chans: channels of the input.
     """
@@ -110,7 +108,7 @@ class EfficientNetLite(Trunk):
         width: float,
         depth: float,
         resolution: int,
-        dropout: float,
+        dropout: float = 0.0,
         *,
         num_classes: int = 1000,
         in_chans: int = 3,

@@ -60,7 +60,8 @@ class FeatureMaps(nn.Module):
 
     def __init__(self, network: nn.Module, out_indices: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.name, self.least_size = network.name, network.least_size
+        self.name = getattr(network, "name", type(network).__name__)
+        self.least_size = network.least_size
         names, self.before, self.behind = network.outline()
         stages = _split(network, names)
         if out_indices is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import FusedSequential
 from .features import Outline
-from .inception_blocks import BasicConv2d, Branches, normalise, truncated_normal_init
+from .inception_blocks import BasicConv2d, Branches, normalise, truncated_normal_init, without
 from .pretrained import named_weights, torchvision
 from .registry import Weights, load_weights, register_model
 from .sizes import check_size
@@ -39,7 +39,7 @@ _MODULES = {
 
 
 @register_model
-@named_weights(torchvision(googlenet=("IMAGENET1K_V1",)))
+@named_weights(torchvision(googlenet=("IMAGENET1K_V1",)), transform_input=True)
 def googlenet(
     weights: Weights | None = None,
     *,
@@ -54,7 +54,8 @@ def googlenet(
 
     Args:
         weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, with
-            ``aux_logits``, and ``transform_input`` for pictures normalised as for other networks.
+            ``transform_input`` for pictures normalised as for other networks, which a name brings with it. The
+            auxiliary heads' weights are left out without ``aux_logits``.
         num_classes: logits a picture.
         in_chans: channels of the input.
         aux_logits: with two auxiliary heads, which count in training alone: the network then gives `GoogLeNetOutputs`.
@@ -66,7 +67,7 @@ def googlenet(
         RuntimeError: ``weights`` are another model's.
     """
     model = GoogLeNet(num_classes, in_chans, aux_logits, transform_input, dropout, dropout_aux)
-    return load_weights(model, weights)
+    return load_weights(model, weights, lambda state: state if aux_logits else without(state, "aux1.", "aux2."))
 
 
 class GoogLeNet(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..nn import PointwiseConv2d
 from ..nn.dispatch import known
 from ..nn.fusion import Chained, Links
+from .pretrained import StateDict
 
 
 @known
@@ -47,6 +48,11 @@ def truncated_normal_init(model: nn.Module, deviation: float) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.trunc_normal_(module.weight, std=getattr(module, "stddev", deviation), a=-2, b=2)
+
+
+def without(state: StateDict, *prefixes: str) -> StateDict:
+    """A state_dict without the keys that start with one of these."""
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
 
 
 class Branches(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .features import Outline
-from .inception_blocks import BasicConv2d, Branches, normalise, truncated_normal_init
+from .inception_blocks import BasicConv2d, Branches, normalise, truncated_normal_init, without
 from .pretrained import named_weights, torchvision
 from .registry import Weights, load_weights, register_model
 from .sizes import check_size
@@ -23,7 +23,7 @@ class InceptionOutputs(NamedTuple):
 
 
 @register_model
-@named_weights(torchvision(inception_v3=("IMAGENET1K_V1",)))
+@named_weights(torchvision(inception_v3=("IMAGENET1K_V1",)), transform_input=True)
 def inception_v3(
     weights: Weights | None = None,
     *,
@@ -37,7 +37,8 @@ def inception_v3(
 
     Args:
         weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, with
-            ``aux_logits``, and ``transform_input`` for pictures normalised as for other networks.
+            ``transform_input`` for pictures normalised as for other networks, which a name brings with it. The
+            auxiliary heads' weights are left out without ``aux_logits``.
         num_classes: logits a picture.
         in_chans: channels of the input.
         aux_logits: with an auxiliary head, which counts in training alone: the network then gives `InceptionOutputs`.
@@ -48,7 +49,8 @@ def inception_v3(
         ValueError: ``weights`` is neither a file nor a name, or ``transform_input`` with other than three channels.
         RuntimeError: ``weights`` are another model's.
     """
-    return load_weights(InceptionV3(num_classes, in_chans, aux_logits, transform_input, dropout), weights)
+    model = InceptionV3(num_classes, in_chans, aux_logits, transform_input, dropout)
+    return load_weights(model, weights, lambda state: state if aux_logits else without(state, "AuxLogits."))
 
 
 class InceptionV3(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pretrained import first_line, no_such
 from .registry import create_model
 
 Layers = Mapping[str, Sequence[Any]]
@@ -22,9 +23,10 @@ _TOP = {"conv_preds", "conv_2", "logits", "predictions"}  # what include_top=Fal
 def from_keras(weights: str | os.PathLike | Layers, model: str) -> dict[str, Tensor]:
     """The state_dict of a model whose weights are those of ``keras.applications``' network of the same name.
 
-    To be loaded into a model with ``same_padding=True``, MobileNetV1 with ``same_padding="keras"``. It then gives the
-    logits whose softmax Keras gives, at every size, for a Keras network of that input size; one of input size None pads
-    images of odd size in its own way. The pictures are (N, 3, H, W), scaled as the network's ``preprocess_input`` does
+    To be loaded into a model with ``same_padding=True``; MobileNetV1 with ``same_padding="keras"``, and Keras's
+    minimalistic MobileNetV3 with ``minimalistic=True`` as well. It then gives the logits whose softmax Keras gives, at
+    every size that the model takes, for a Keras network of that input size; one of input size None pads images of odd
+    size in its own way. The pictures are (N, 3, H, W), scaled as the network's ``preprocess_input`` does
     or, for MobileNetV3 and EfficientNet, its first layers do: to -1 … 1, and for EfficientNet, by ImageNet's mean and
     deviation.
 
@@ -32,7 +34,7 @@ def from_keras(weights: str | os.PathLike | Layers, model: str) -> dict[str, Ten
         weights: the path of an .h5 file of weights or of a whole model, or of a .weights.h5 or .keras file of Keras 3.8
             or later; or the arrays of each layer by its name, as ``layer.get_weights()`` gives them.
         model: "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_b0" …
-            "efficientnet_b7" or "xception"; of any width, MobileNetV3 of 1.
+            "efficientnet_b7" or "xception"; of the widths that Keras has weights for, MobileNetV3 of 1.
 
     Returns:
         All of the network's tensors, but for the classifier's if the file has none (``include_top=False``).
@@ -42,10 +44,12 @@ def from_keras(weights: str | os.PathLike | Layers, model: str) -> dict[str, Ten
         FileNotFoundError: there is no such file.
         ValueError: Keras has no such network, the file is no file of weights, or it holds another network's.
     """
-    network = _empty(model)
+    if model not in _NAMES:
+        raise ValueError(f"from_keras: {no_such('model', model, _NAMES)}")
     source = "the arrays" if isinstance(weights, Mapping) else os.fspath(weights)
     arrays = weights if isinstance(weights, Mapping) else _read(source)
     layers = {_plain(name): values for name, values in arrays.items() if len(values)}
+    network = _empty(model, layers)
     names = list(_NAMES[model](network, layers))
     keys = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     if not _TOP & layers.keys():
@@ -60,11 +64,10 @@ def from_keras(weights: str | os.PathLike | Layers, model: str) -> dict[str, Ten
     return {key: _to_torch(array, keys[key], name) for key, (name, array) in zip(keys, found, strict=True)}
 
 
-def _empty(model: str) -> nn.Module:
-    if model not in _NAMES:
-        raise ValueError(f"from_keras: model must be one of {', '.join(_NAMES)}, got {model!r}")
+def _empty(model: str, layers: Layers) -> nn.Module:
+    minimalistic = model.startswith("mobilenet_v3") and not any("squeeze_excite" in name for name in layers)
     with torch.device("meta"):
-        return create_model(model)
+        return create_model(model, **({"minimalistic": True} if minimalistic else {}))
 
 
 def _plain(name: str) -> str:
@@ -99,7 +102,7 @@ def _read(path: str) -> dict[str, list[Any]]:
             with h5py.File(file, "r") as contents:
                 layers = _read_layers(contents)
         except (KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ValueError(f"from_keras: {path} is not a file of Keras's weights: {reason}") from None
     return layers
 

@@ -29,9 +29,12 @@ def lraspp_mobilenet_v3_large(weights: Weights | None = None, *, num_classes: in
         **kwargs: of the backbone, see `MobileNetV3`; ``dilated`` is True.
 
     Raises:
+        TypeError: ``dropout``, which is the classifier's.
         ValueError: ``weights`` is no file.
         RuntimeError: ``weights`` are another model's.
     """
+    if "dropout" in kwargs:
+        raise TypeError("lraspp_mobilenet_v3_large: there is no dropout in this network")
     backbone = MobileNetV3(_LARGE, 1280, **{"dilated": True} | kwargs).features
     return load_weights(LRASPP(backbone, num_classes), weights)
 

@@ -31,12 +31,11 @@ def mobilenet_v1(
     in_chans: int = 3,
     width_mult: float = 1.0,
     activation: str = "relu6",
-    dropout: float = 0.2,
+    resolution_mult: float = 1.0,
+    dropout: float = 0.0,
     same_padding: bool | str = False,
 ) -> MobileNetV1:
     """timm's ``mobilenetv1_100``: the same network with the same state_dict keys.
-
-    The paper's resolution multiplier ρ is the size of the pictures: 224 · ρ.
 
     Args:
         weights: None, a state_dict, the path of one, or a name of `list_weights`; timm's checkpoints fit.
@@ -44,19 +43,26 @@ def mobilenet_v1(
         in_chans: channels of the input.
         width_mult: the paper's α, a factor on the number of channels.
         activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid"; the paper's is "relu".
+        resolution_mult: the paper's ρ: the model is for pictures of 224 · ρ pixels across, its attribute
+            ``resolution``; it takes others as well.
         dropout: before the classifier, in training.
         same_padding: pad as TensorFlow does, and batch norm with eps 1e-3, for weights from there; "keras" to pad as
             Keras's MobileNet does, which is the same for sizes that 32 divides (see `from_keras`).
 
     Raises:
-        ValueError: ``weights`` is neither a file nor a name, or there is no such activation or ``same_padding``.
+        ValueError: ``weights`` is neither a file nor a name, there is no such activation or ``same_padding``, or
+            ``resolution_mult`` is not positive.
         RuntimeError: ``weights`` are another model's.
     """
-    return load_weights(MobileNetV1(num_classes, in_chans, width_mult, activation, dropout, same_padding), weights)
+    if not resolution_mult > 0:
+        raise ValueError(f"mobilenet_v1: resolution_mult must be positive, got {resolution_mult}")
+    model = MobileNetV1(num_classes, in_chans, width_mult, activation, dropout, same_padding)
+    model.resolution = round(224 * resolution_mult)
+    return load_weights(model, weights)
 
 
 class MobileNetV1(Trunk):
-    """See `mobilenet_v1`. (N, in_chans, H, W) → (N, num_classes)."""
+    """See `mobilenet_v1`. (N, in_chans, H, W) → (N, num_classes); H and W at least 31 with ``same_padding="keras"``."""
 
     def __init__(
         self,
@@ -85,3 +91,5 @@ class MobileNetV1(Trunk):
             skips=False,
             closes=True,
         )
+        if same_padding == "keras":
+            self.least_size = 31  # others leave nothing for the last stride

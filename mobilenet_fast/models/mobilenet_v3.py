@@ -67,14 +67,16 @@ _TAIL = 3
 
 @register_model
 @named_weights(
-    torchvision(mobilenet_v3_large=("IMAGENET1K_V1", "IMAGENET1K_V2")), timm(tf_mobilenetv3_large_100=("in1k",))
+    torchvision(mobilenet_v3_large=("IMAGENET1K_V1", "IMAGENET1K_V2")),
+    timm(tf_mobilenetv3_large_100=("in1k",), tf_mobilenetv3_large_minimal_100=("in1k",)),
 )
 def mobilenet_v3_large(weights: Weights | None = None, **kwargs) -> MobileNetV3:
     """`torchvision.models.mobilenet_v3_large`: the same network with the same state_dict keys.
 
     Args:
         weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, and
-            timm's ``tf_mobilenetv3_large_100`` with ``same_padding``.
+            timm's ``tf_mobilenetv3_large_100`` with ``same_padding``, and its ``tf_mobilenetv3_large_minimal_100`` with
+            ``minimalistic`` too.
         **kwargs: see `MobileNetV3`.
 
     Raises:
@@ -85,13 +87,17 @@ def mobilenet_v3_large(weights: Weights | None = None, **kwargs) -> MobileNetV3:
 
 
 @register_model
-@named_weights(torchvision(mobilenet_v3_small=("IMAGENET1K_V1",)), timm(tf_mobilenetv3_small_100=("in1k",)))
+@named_weights(
+    torchvision(mobilenet_v3_small=("IMAGENET1K_V1",)),
+    timm(tf_mobilenetv3_small_100=("in1k",), tf_mobilenetv3_small_minimal_100=("in1k",)),
+)
 def mobilenet_v3_small(weights: Weights | None = None, **kwargs) -> MobileNetV3:
     """`torchvision.models.mobilenet_v3_small`: the same network with the same state_dict keys.
 
     Args:
         weights: None, a state_dict, the path of one, or a name of `list_weights`; torchvision's checkpoints fit, and
-            timm's ``tf_mobilenetv3_small_100`` with ``same_padding``.
+            timm's ``tf_mobilenetv3_small_100`` with ``same_padding``, and its ``tf_mobilenetv3_small_minimal_100`` with
+            ``minimalistic`` too.
         **kwargs: see `MobileNetV3`.
 
     Raises:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 
 import torch
@@ -19,13 +19,14 @@ DEFAULT = "DEFAULT"
 
 
 def named_weights(
-    plain: Mapping[str, Fetch], same_padded: Mapping[str, Fetch] | None = None
+    plain: Mapping[str, Fetch], same_padded: Mapping[str, Fetch] | None = None, **defaults
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Lets the function that builds a model take names for ``weights``, its first argument.
 
     Args:
         plain: what fetches the state_dict of each name.
         same_padded: the same, with ``same_padding``: weights that were trained with one padding are wrong with another.
+        **defaults: other arguments of the function that weights by name ask for.
 
     Raises:
         ValueError: there is neither a file nor weights of that name.
@@ -37,8 +38,9 @@ def named_weights(
         @functools.wraps(build)
         def named(weights=None, *args, **kwargs) -> nn.Module:
             known = named.weights[bool(kwargs.get("same_padding"))]
-            if isinstance(weights, str) and (weights in known or not os.path.isfile(weights)):
+            if isinstance(weights, str) and (weights in known or not (os.path.isfile(weights) or is_url(weights))):
                 weights = _fetch(build.__name__, weights, known)
+                kwargs = defaults | kwargs
             return build(weights, *args, **kwargs)
 
         named.weights = plain, same_padded or {}
@@ -85,8 +87,30 @@ def _fetch(model: str, name: str, known: Mapping[str, Fetch]) -> StateDict:
         raise ImportError(f"{model}: weights {name!r} {error}") from None
     except Exception as error:  # what a library makes of a network that isn't there can be anything
         raise OSError(
-            f"{model}: weights {name!r} could not be fetched: {_first_line(error)}; the path of their file does as well"
+            f"{model}: weights {name!r} could not be fetched: {first_line(error)}; the path of their file does as well"
         ) from None
+
+
+def is_url(weights: str | os.PathLike) -> bool:
+    return isinstance(weights, str) and weights.startswith(("https://", "http://"))
+
+
+def fetch_url(model: str, url: str) -> StateDict:
+    """What lies at an address, or was fetched from there before, by torch.hub."""
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the network, or of what came
+        raise OSError(
+            f"{model}: weights {url!r} could not be fetched: {first_line(error)}; the path of their file does as well"
+        ) from None
+
+
+def no_such(what: str, name: object, names: Iterable[str]) -> str:
+    """Says that there is none of that name, and which come close, or which there are."""
+    close = difflib.get_close_matches(str(name), names)
+    if close:
+        return f"there is no {what} {name!r}; did you mean {' or '.join(close)}?"
+    return f"there is no {what} {name!r}; there are {', '.join(names)}"
 
 
 def _from_torchvision(model: str, name: str) -> StateDict:
@@ -109,9 +133,9 @@ def _library(name: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             reason = f"is not installed; run: pip install {name}"
         else:
-            reason = f"can't be imported beside torch {torch.__version__}: {_first_line(error)}"
+            reason = f"can't be imported beside torch {torch.__version__}: {first_line(error)}"
         raise ImportError(f"come from {name}, which {reason}") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
+import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from .features import FeatureMaps
-from .pretrained import StateDict
+from .pretrained import StateDict, fetch_url, first_line, is_url, no_such
 
 Weights = str | os.PathLike | StateDict
 
@@ -30,8 +31,10 @@ def register_model(build: Callable[..., nn.Module], task: str = "classification"
             raise ValueError(f"{build.__name__}: out_indices is for features_only=True, got {out_indices}")
         for name in ("num_classes", "in_chans"):
             value = kwargs.get(name, 1)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"{build.__name__}: {name} must be a positive integer, got {value!r}")
+            if name in kwargs:
+                kwargs[name] = int(value)
         model = build(*args, **kwargs)
         model.name = build.__name__
         return FeatureMaps(model, out_indices) if features_only else model
@@ -42,7 +45,14 @@ def register_model(build: Callable[..., nn.Module], task: str = "classification"
 
 
 def list_models(task: str | None = None) -> list[str]:
-    """The names that `create_model` takes, of models for "classification" or "segmentation", or of all."""
+    """The names that `create_model` takes, of models for "classification" or "segmentation", or of all.
+
+    Raises:
+        ValueError: there are no models for such a task.
+    """
+    tasks = {build.task for build in _BUILDERS.values()}
+    if task is not None and task not in tasks:
+        raise ValueError(f"list_models: {no_such('task', task, sorted(tasks))}")
     return sorted(name for name, build in _BUILDERS.items() if task in (None, build.task))
 
 
@@ -57,7 +67,7 @@ def list_weights(name: str, same_padding: bool = False) -> list[str]:
         ValueError: there is no such model.
     """
     if name not in _BUILDERS:
-        raise ValueError(f"list_weights: name must be one of {', '.join(list_models())}, got {name!r}")
+        raise ValueError(f"list_weights: {no_such('model', name, list_models())}")
     return list(getattr(_BUILDERS[name], "weights", ({}, {}))[same_padding])
 
 
@@ -74,20 +84,20 @@ def create_model(name: str, **kwargs) -> nn.Module:
         ValueError: there is no such model, or it has no map of such an index.
     """
     if name not in _BUILDERS:
-        close = difflib.get_close_matches(str(name), _BUILDERS)
-        if close:
-            raise ValueError(f"create_model: there is no model {name!r}; did you mean {' or '.join(close)}?")
-        raise ValueError(f"create_model: name must be one of {', '.join(list_models())}, got {name!r}")
+        raise ValueError(f"create_model: {no_such('model', name, list_models())}")
     return _BUILDERS[name](**kwargs)
 
 
 def _read_state_dict(path: str | os.PathLike) -> StateDict:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:  # says itself what is wrong
+        if os.fspath(path).endswith(".safetensors"):
+            state = _safetensors().load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (ImportError, OSError):  # say themselves what is wrong
         raise
     except Exception as error:  # what a file of another kind makes of torch's reader can be anything
-        reason = str(error).split("\n")[0].split(". ")[0]  # advice on how to load it unsafely follows
+        reason = first_line(error).split(". ")[0]  # advice on how to load it unsafely follows
         raise ValueError(f"weights: {path} is not a state_dict: {type(error).__name__}: {reason}") from error
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
@@ -101,6 +111,14 @@ def _read_state_dict(path: str | os.PathLike) -> StateDict:
     return state
 
 
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError("weights: .safetensors files take a package: pip install safetensors") from None
+    return safetensors.torch
+
+
 def load_weights(
     model: nn.Module,
     weights: Weights | None,
@@ -110,12 +128,14 @@ def load_weights(
 
     Args:
         model: the network.
-        weights: None, a state_dict, or a path of one.
+        weights: None, a state_dict, or the path or address of one.
         rename: brings a state_dict of another origin to the model's keys.
 
     Raises:
         TypeError: ``weights`` is something else.
         ValueError: there is no such file, or it holds something else.
+        ImportError: a .safetensors file without that package.
+        OSError: an address could not be fetched.
         RuntimeError: the state_dict isn't this model's.
     """
     if weights is None:
@@ -126,11 +146,13 @@ def load_weights(
         state = weights
     elif os.path.isfile(weights):
         state = _read_state_dict(weights)
+    elif is_url(weights):
+        state = fetch_url(type(model).__name__, weights)
     else:
         raise ValueError(f"weights must be a state_dict or the path of one, got {weights!r}, where there is no file")
     state = rename(state)
     _check_fit(type(model).__name__, model.state_dict(), state)
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # which has been checked, and may lack what counts batches
     return model
 
 

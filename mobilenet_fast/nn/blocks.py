@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -75,7 +76,8 @@ class SeparableConv2d(nn.Module):
         activation: behind both: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
         order: "depthwise_first", as in Xception and the MobileNets, or "pointwise_first", as in the Inception module
             that Xception's figure 4 takes to its extreme.
-        activation_between: the two convolutions; None, which the paper finds best (section 4.7), or a name as above.
+        activation_between: the two convolutions; None, which the paper finds best (section 4.7), "elu", the other that
+            it tries, or a name as above.
 
     Shape:
         (N, C, H, W) → (N, K, H', W'), in the layout that `nn.Conv2d` gives.
@@ -107,7 +109,9 @@ class SeparableConv2d(nn.Module):
             raise ValueError(f'SeparableConv2d: order must be "depthwise_first" or "pointwise_first", got {order!r}')
         self.order = order
         geometry = kernel_size, stride, padding, dilation
-        between = {"bias": bias and activation_between is not None, "activation": activation_between or "none"}
+        self.between = nn.ELU() if activation_between == "elu" else None
+        fused = "none" if activation_between in (None, "elu") else activation_between
+        between = {"bias": bias and activation_between is not None, "activation": fused}
         last = {"bias": bias, "activation": activation}
         if order == "depthwise_first":
             channels = in_channels * depth_multiplier
@@ -122,9 +126,11 @@ class SeparableConv2d(nn.Module):
             self.depthwise = DepthwiseConv2d(out_channels, out_channels, *geometry, **last)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.order == "depthwise_first":
-            return self.pointwise(self.depthwise(input))
-        return self.depthwise(self.pointwise(input))
+        first, last = self.depthwise, self.pointwise
+        if self.order == "pointwise_first":
+            first, last = last, first
+        output = first(input)
+        return last(output if self.between is None else self.between(output))
 
     def extra_repr(self) -> str:
         return "" if self.order == "depthwise_first" else f"order={self.order}"
@@ -239,8 +245,8 @@ def _conv(in_channels, out_channels, kernel_size, stride, padding, dilation, gro
 
 def _activation(activation: str | Callable[..., nn.Module], inplace: bool | None) -> nn.Module:
     layer = activation_layer("ConvNormAct", "activation_layer", activation)
-    # nn.Sigmoid has no in-place form.
-    return layer() if inplace is None or layer is nn.Sigmoid else layer(inplace=inplace)
+    takes_inplace = inplace is not None and "inplace" in inspect.signature(layer).parameters
+    return layer(inplace=inplace) if takes_inplace else layer()
 
 
 def _pair(value) -> tuple:
