@@ -22,7 +22,7 @@ demo: $(BUILT) $(DEMO_DEPS)
 	$(RUN) -m benchmarks demo
 
 test: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 # The README's table. The first run converts every model for every runtime, which takes half an hour of its own.
 bench: $(BUILT) $(BENCH_DEPS)
@@ -54,7 +54,7 @@ $(DEMO_DEPS): $(TORCH_STAMP)
 
 # torchvision's wheel asks for a torch of its own, and timm for torchvision; tests need nothing but their models' Python.
 $(TEST_DEPS): $(TORCH_STAMP)
-	$(PIP) pytest hypothesis expecttest pyyaml huggingface_hub safetensors h5py onnx onnxscript onnxruntime
+	$(PIP) pytest pytest-xdist hypothesis expecttest pyyaml huggingface_hub safetensors h5py onnx onnxscript onnxruntime
 	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31
 	touch $@
 

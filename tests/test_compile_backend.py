@@ -14,7 +14,8 @@ from mobilenet_fast.nn import ConvNormAct, InvertedResidual
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
+def fresh_dynamo(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "freezing", False)  # which a peer of the benchmarks sets
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -222,7 +222,7 @@ def test_weights_at_an_address(monkeypatch):
     assert torch.equal(ours.features[0][0].weight, model.features[0][0].weight)
     assert asked == [("https://example.org/small.pth", {"map_location": "cpu", "weights_only": True})]
     with pytest.raises(OSError, match="could not be fetched: .*no route.*; the path of their file does as well$"):
-        models.efficientnet("https://example.org/missing.pth")
+        models.efficientnet(weights="https://example.org/missing.pth")
 
 
 def test_safetensors(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ graph to :class:`~mobilenet_fast.accelerate.graph.Graph` for one concrete input 
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -185,8 +186,10 @@ def _same_path(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> b
         return type(one) is type(several) and one == several
 
     calls = []
+    errors = logging.getLogger("torch._subclasses.fake_tensor")
     for batch in (1, _SEVERAL):
         trace = _Trace()
+        was_disabled, errors.disabled = errors.disabled, True  # a batch that the model does not take is no news
         try:
             # Fake tensors compute nothing but shapes, and our own layers take them through plain PyTorch, as in export.
             with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -196,6 +199,8 @@ def _same_path(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> b
                 trace.note("result", result)
         except Exception:
             return False
+        finally:
+            errors.disabled = was_disabled
         calls.append(tuple(trace.calls))
     return same(*calls)
 
@@ -706,10 +711,15 @@ def _avg_pool2d(lowering, target, x, kernel, stride, padding, ceil_mode, count_i
 
 
 def _max_pool2d(lowering, target, x, kernel, stride, padding, dilation, ceil_mode):
-    # With a dilation, all of a window may lie in the padding.
-    if len(x.shape) != 4 or (_pair(dilation) != (1, 1) and _pair(padding) != (0, 0)):
+    if len(x.shape) != 4:
         return None
-    return {**_window(kernel, stride, padding, dilation), "mean": False, "count_padding": False, "divisor": 0}
+    window = _window(kernel, stride, padding, dilation)
+    (top, _, left, _), numbers = window["padding"], (window["kernel"], window["stride"], window["dilation"])
+    for size, pad, k, s, d in zip(x.shape[2:], (top, left), *numbers, strict=True):
+        starts = range(-pad, size if ceil_mode else size + pad - d * (k - 1), s)
+        if not all(any(0 <= start + i * d < size for i in range(k)) for start in starts):
+            return None  # all of a dilated window lies in the padding
+    return {**window, "mean": False, "count_padding": False, "divisor": 0}
 
 
 def _window(kernel, stride, padding, dilation):
