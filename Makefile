@@ -21,9 +21,8 @@ SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 demo: $(BUILT) $(DEMO_DEPS)
 	$(RUN) -m benchmarks demo
 
-# Two processes of as many threads as there are cores: those that wait must not spin, or it takes four times as long.
 test: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS)
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2
+	$(RUN) -m pytest
 
 # The README's table. The first run converts every model for every runtime, which takes half an hour of its own.
 bench: $(BUILT) $(BENCH_DEPS)
