@@ -9,6 +9,7 @@ from torch import nn
 import mobilenet_fast
 from mobilenet_fast import cost, models
 from mobilenet_fast import nn as fast
+from mobilenet_fast.models import deeplab_v3plus
 
 
 def torchvision_lraspp(num_classes=21):
@@ -71,8 +72,10 @@ def tiny_deeplab():
     return randomise_batch_norm(models.deeplab_v3plus_xception(num_classes=3), 0, (4, 3, 64, 64))
 
 
-def test_deeplab_is_its_parts():
-    """Called one by one, by PyTorch's layers alone, since parameters ask for gradients."""
+def test_deeplab_is_its_parts(monkeypatch):
+    """Called one by one, by PyTorch's layers alone, since parameters ask for gradients. The sixteen modules of the middle
+    flow are one here: together they make a change of one bit 1e-12 of the outputs."""
+    monkeypatch.setattr(deeplab_v3plus, "_MODULES", tuple(dict.fromkeys(deeplab_v3plus._MODULES)))
     model, interpolate = tiny_deeplab().double(), nn.functional.interpolate
     encoder, pyramid, decoder = model.encoder, model.pyramid, model.decoder
     x = pictures(2, 3, 67, 83, seed=1).double()
@@ -87,7 +90,7 @@ def test_deeplab_is_its_parts():
     y = pyramid.project(torch.cat([pyramid.pointwise(y), *(branch(y) for branch in pyramid.atrous), pooled], 1))
     y = torch.cat([low, interpolate(y, (17, 21), mode="bilinear")], 1)
     expected = interpolate(decoder.classifier(decoder.refine(y)), (67, 83), mode="bilinear")
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11 * expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
 
 
 def test_deeplab_accelerates_and_trains():
