@@ -169,6 +169,8 @@ def keras(monkeypatch):
     keras = pytest.importorskip("keras")
     if keras.backend.backend() != "torch":
         pytest.skip("Keras runs on another backend")
+    monkeypatch.setattr(keras.src.backend, "result_type", lambda *dtypes: "float64")  # else norms are in float32
+    keras.utils.set_random_seed(0)
     keras.config.set_floatx("float64")  # of inputs
     keras.config.set_dtype_policy("float64")
     yield keras
@@ -203,5 +205,4 @@ def test_computes_what_keras_computes(keras, tmp_path, name, side, suffix):
         actual = ours(x)
     largest = expected.abs().max().item()
     assert (expected[0] - expected[1]).abs().max() > 0.1 * largest
-    # Keras norms batches in float32.
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * largest)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * largest)  # some of Keras's steps stay in float32
