@@ -22,7 +22,7 @@ from torch import Tensor
 
 import mobilenet_fast
 from mobilenet_fast import cost, models
-from mobilenet_fast.models.pretrained import no_such
+from mobilenet_fast.messages import no_such
 
 IMAGENET_MEAN_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 HALF = (127.5,) * 3, (127.5,) * 3

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import models
 from .accelerate import accelerate
+from .messages import first_line
 
 
 def standard_macs(kernel_size: int, in_channels: int, out_channels: int, pixels: int) -> int:
@@ -169,8 +170,7 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
         with torch.no_grad(), counter, reads:
             model(x)
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"count: the model does not take an input of {size}: {reason}") from error
+        raise ValueError(f"count: the model does not take an input of {size}: {first_line(error)}") from error
 
     # The counter's numbers of a module are those of all modules in it, two operations a multiply-accumulate.
     counted, root = counter.get_flop_counts(), type(model).__name__
@@ -211,12 +211,12 @@ class _Reads(TorchDispatchMode):
     def __init__(self, running: list[nn.Module]) -> None:
         super().__init__()
         self.running = running
-        self.by_module: dict[nn.Module, list[nn.Parameter]] = {}
+        self.by_module: dict[nn.Module, dict[nn.Parameter, None]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, nn.Parameter) and self.running:
-                self.by_module.setdefault(self.running[-1], []).append(value)
+                self.by_module.setdefault(self.running[-1], {})[value] = None
         return func(*args, **(kwargs or {}))
 
 

@@ -14,10 +14,10 @@ from mobilenet_fast.nn import ConvNormAct, InvertedResidual
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, "freezing", False)  # which a peer of the benchmarks sets
+def fresh_dynamo():
     torch._dynamo.reset()
-    yield
+    with torch._inductor.config.patch(freezing=False):  # a peer of the benchmarks sets it
+        yield
     torch._dynamo.reset()
 
 

@@ -199,7 +199,7 @@ class Listed(nn.Module):
         self.unused = nn.Linear(3, 3)
 
     def forward(self, x):
-        return x * self.factors[0]
+        return x * self.factors[0] + self.factors[0]
 
 
 def test_parameters_are_those_that_a_call_reads():

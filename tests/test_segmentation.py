@@ -73,8 +73,8 @@ def tiny_deeplab():
 
 
 def test_deeplab_is_its_parts(monkeypatch):
-    """Called one by one, by PyTorch's layers alone, since parameters ask for gradients. The sixteen modules of the middle
-    flow are one here: together they make a change of one bit 1e-12 of the outputs."""
+    """Called one by one, by PyTorch's layers alone, since parameters ask for gradients. The sixteen modules of the
+    middle flow are one here: together they make a change of one bit 1e-12 of the outputs."""
     monkeypatch.setattr(deeplab_v3plus, "_MODULES", tuple(dict.fromkeys(deeplab_v3plus._MODULES)))
     model, interpolate = tiny_deeplab().double(), nn.functional.interpolate
     encoder, pyramid, decoder = model.encoder, model.pyramid, model.decoder

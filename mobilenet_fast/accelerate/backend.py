@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from operator import is_
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import reference
+from ..messages import first_line
 from .module import AcceleratedModule
 
 _log = logging.getLogger(__name__)
@@ -82,7 +84,6 @@ class _CompiledGraph:
         self.input_positions = [i for i, weight in enumerate(is_weight) if not weight and i not in derived]
         # With torch._inductor.config.freezing, Dynamo leaves them in the graph.
         self.own_weights = [*graph.parameters(), *graph.buffers()]
-        self.layouts = [_layout(output) for output in graph.graph.output_node().args[0]]
         self.forms: list[_Form] = []
         self.seen: set[tuple] = set()  # numbers, each of which takes a capture of its own
         self.refused = False
@@ -94,13 +95,15 @@ class _CompiledGraph:
         inputs = [args[i].item() if i in self.numbers else args[i] for i in self.input_positions]
         try:
             outputs = self.run(weights, inputs)
+            if outputs is not None:
+                return self.arrange(outputs)
         except Exception as error:
             if self.strict:
                 raise
             outputs = self.graph(*args)  # where an error of the caller's comes again
-            self.refuse(next(iter(str(error).splitlines()), "") or type(error).__name__)
+            self.refuse(first_line(error))
             return outputs
-        return self.graph(*args) if outputs is None else self.arrange(outputs)
+        return self.graph(*args)
 
     def run(self, weights: list[Tensor], inputs: list[Any]) -> Sequence[Tensor] | None:
         """The outputs, or None if the graph was refused."""
@@ -113,7 +116,7 @@ class _CompiledGraph:
         form = next((form for form in self.forms if form.has(everything)), None)
         if form is None:
             form = self.form(weights, everything)
-            if why := form.fast._plan(tuple(inputs), {})[1].capture.touches_inputs:
+            if why := form.fast._plan(tuple(inputs), {})[1].capture.shared_memory:
                 if self.strict:
                     raise NotImplementedError(f"mobilenet_fast backend: the graph {why}")
                 return self.refuse(why)
@@ -139,6 +142,10 @@ class _CompiledGraph:
         return tuple(
             y if f is None else y.contiguous(memory_format=f) for y, f in zip(outputs, self.layouts, strict=True)
         )
+
+    @cached_property
+    def layouts(self) -> list[torch.memory_format | None]:
+        return [_layout(output) for output in self.graph.graph.output_node().args[0]]
 
     def refuse(self, why: str) -> None:
         _log.info("a graph runs in PyTorch: %s", why)

@@ -53,7 +53,7 @@ class Capture:
             if node.target in _DROPOUTS and not node.args[2]:
                 node.target, node.args = aten.alias.default, node.args[:1]
         _inline_regions(program.graph_module)
-        self.touches_inputs = _touches_inputs(program, self._own)
+        self.shared_memory = _shared_memory(program, self._own)
         if _needs_functional(program.graph):
             program = program.run_decompositions({})
         signature = program.graph_signature
@@ -276,7 +276,7 @@ _UNTOLD_VIEWS = {
 }
 
 
-def _touches_inputs(program: torch.export.ExportedProgram, own_name: Callable[[str], str]) -> str | None:
+def _shared_memory(program: torch.export.ExportedProgram, own_name: Callable[[str], str]) -> str | None:
     """What a program does that others who hold its inputs, weights or outputs would see, if anything: accelerated
     models only read their inputs, and each output has memory of its own.
 
@@ -286,7 +286,7 @@ def _touches_inputs(program: torch.export.ExportedProgram, own_name: Callable[[s
     inputs = set(signature.user_inputs)
     own = {spec.arg.name: spec for spec in signature.input_specs if spec.kind.name in _OWN}
     base: dict[torch.fx.Node, torch.fx.Node] = {}  # the tensor whose memory it may share
-    touched = None
+    shared = None
     for node in program.graph.nodes:
         written = _written(node)
         source = _viewed(node) if written is None else written
@@ -295,14 +295,14 @@ def _touches_inputs(program: torch.export.ExportedProgram, own_name: Callable[[s
         if changed := next((own[name] for name in bases if name in own), None):
             raise NotImplementedError(_WRITES.format(f"{_OWN[changed.kind.name]} '{own_name(changed.target)}'"))
         if any(name in inputs for name in bases):
-            touched = "writes to an input"
+            shared = "writes to an input"
     outputs = [value for value in program.graph.output_node().args[0] if isinstance(value, torch.fx.Node)]
-    if not touched and any(base[output].name in inputs for output in outputs):
-        touched = "returns memory of an input"
+    if not shared and any(base[output].name in inputs for output in outputs):
+        shared = "returns memory of an input"
     bases = [base[output] for output in outputs]
-    if not touched and (len(set(bases)) < len(bases) or any(b.name in own for b in bases)):
-        touched = "returns memory of a weight, or the same memory twice"
-    return touched
+    if not shared and (len(set(bases)) < len(bases) or any(b.name in own for b in bases)):
+        shared = "returns memory of a weight, or the same memory twice"
+    return shared
 
 
 def _needs_functional(graph: torch.fx.Graph) -> bool:
@@ -385,6 +385,7 @@ class _Lowering:
         self.env: dict[torch.fx.Node, Any] = {}  # a Node, a constant's name, or a plain Python value
         self.nodes: list[Node] = []
         self.constants = {**state, **capture.tensors}
+        self.sized: set[str] = set()  # of them, those that depend on the sizes of inputs
         self.dtype = next((t.dtype for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()), None)
         if self.dtype not in (torch.float32, torch.float64):
             self.dtype = torch.float32
@@ -505,18 +506,20 @@ class _Lowering:
             result = _call_with_schema(target, pytree.tree_map(tensor, arguments))
 
         # What depends on the sizes of inputs is another constant for others.
-        depends = any(
+        sized = any(
             isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
-            or (isinstance(self.env[n], Constant) and "@" in self.env[n].name)
+            or (isinstance(self.env[n], Constant) and self.env[n].name in self.sized)
             for n in fx_node.all_input_nodes
         )
-        sizes = "@" + ",".join(map(str, self.symbols.values())) if depends else ""
+        sizes = f":{list(self.symbols.values())}" if sized else ""
 
         def name(index: int, value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             constant = Constant(f"{self.capture.id}:{fx_node.name}:{index}{sizes}")
             self.constants[constant.name] = value
+            if sized:
+                self.sized.add(constant.name)
             return constant
 
         if isinstance(result, (list, tuple)):

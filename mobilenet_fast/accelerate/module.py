@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
 from .. import _C
+from ..messages import first_line
 from .capture import Capture
 from .outputs import Structure, holds_dataclass
 from .passes import optimise
@@ -378,7 +379,7 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
         try:
             clone = copy.deepcopy(model)
         except Exception as error:
-            raise ValueError(f"accelerate: {type(model).__name__} cannot be copied: {_first_line(error)}") from error
+            raise ValueError(f"accelerate: {type(model).__name__} cannot be copied: {first_line(error)}") from error
         return clone.eval().requires_grad_(False)
 
 
@@ -396,13 +397,13 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
             if not isinstance(leaf, torch.Tensor) or len(dtypes) != 1 or leaf.dtype in dtypes:
                 continue
             # Integers may be right beside something that is not; torch names types where they are to blame.
-            if leaf.is_floating_point() or "type" in _first_line(error):
+            if leaf.is_floating_point() or "type" in first_line(error):
                 raise TypeError(f"accelerate: input must be {dtypes.pop()}, got {leaf.dtype}") from error
-        raise ValueError(f"accelerate: the model does not take these inputs: {_first_line(error)}") from error
+        raise ValueError(f"accelerate: the model does not take these inputs: {first_line(error)}") from error
     try:
         return Capture(model, args, kwargs, Structure(outputs) if holds_dataclass(outputs) else None)
     except Exception as error:
-        what, why = type(model).__name__, _first_line(error).removeprefix("accelerate: ")
+        what, why = type(model).__name__, first_line(error).removeprefix("accelerate: ")
         raise NotImplementedError(f"accelerate: {what} cannot be captured: {why}") from error
 
 
@@ -427,10 +428,6 @@ def _leaf_key(leaf: Any) -> Any:
 
 def _example(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:

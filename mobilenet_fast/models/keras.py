@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pretrained import first_line, no_such
+from ..messages import first_line, no_such
 from .registry import create_model
 
 Layers = Mapping[str, Sequence[Any]]

@@ -6,11 +6,13 @@ import difflib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+
+from ..messages import first_line
 
 StateDict = Mapping[str, Tensor]
 Fetch = Callable[[], StateDict]
@@ -105,14 +107,6 @@ def fetch_url(model: str, url: str) -> StateDict:
         ) from None
 
 
-def no_such(what: str, name: object, names: Iterable[str]) -> str:
-    """Says that there is none of that name, and which come close, or which there are."""
-    close = difflib.get_close_matches(str(name), names)
-    if close:
-        return f"there is no {what} {name!r}; did you mean {' or '.join(close)}?"
-    return f"there is no {what} {name!r}; there are {', '.join(names)}"
-
-
 def _from_torchvision(model: str, name: str) -> StateDict:
     weights = _library("torchvision").models.get_model_weights(model)[name]
     return weights.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
@@ -135,7 +129,3 @@ def _library(name: str) -> ModuleType:
         else:
             reason = f"can't be imported beside torch {torch.__version__}: {first_line(error)}"
         raise ImportError(f"come from {name}, which {reason}") from None
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -11,8 +11,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..messages import first_line, no_such
 from .features import FeatureMaps
-from .pretrained import StateDict, fetch_url, first_line, is_url, no_such
+from .pretrained import StateDict, fetch_url, is_url
 
 Weights = str | os.PathLike | StateDict
 
