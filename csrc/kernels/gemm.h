@@ -7,8 +7,10 @@
 // Between two tiles some 50 cycles are lost, as long as two of them share one loop. Columns end in a half vector where
 // one is enough: 24, 40, 72, 120 and 200 channels would waste up to a third of the arithmetic in whole ones.
 //
-// The first tiles of a panel bring the next panel's weights into L2, a line for each k: at batch 1 a network reads its
-// weights from L3 or memory. Past the last panel lies, mostly, the next layer, as layers are packed in their order.
+// The first tiles of a panel bring the next panel's weights into L2, some bytes for each k: at batch 1 a network reads
+// its weights from L3 or memory. A line for each k, faster than memory gives them, held up the loads of the tiles: a
+// quarter of that was 1–2 % faster on whole networks (Cascade Lake). Past the last panel lies, mostly, the next layer,
+// as layers are packed in their order.
 // Short products, which have little to bring, go without: one more instruction a k costs them 2 %.
 #pragma once
 
@@ -16,7 +18,7 @@ namespace mobilenet_fast {
 namespace MF_ISA {
 namespace {
 
-constexpr int64_t kCacheLine = 64, kFetchDepth = 64;
+constexpr int64_t kCacheLine = 64, kFetchDepth = 64, kFetchSpread = 4;
 
 template <class T>
 struct GemmShape {
@@ -123,13 +125,14 @@ struct GemmPanel {
   int last;        // columns in the last vector
 };
 
-// How a tile goes through its inputs: kTaps where each chunk is a single k; kFetching brings a line for each k from
-// `fetch` on. (One loop for chunks of every length costs the long ones up to 4 %.)
+// How a tile goes through its inputs: kTaps where each chunk is a single k; kFetching brings what lies from `fetch` on,
+// `fetch_step` bytes for each k. (One loop for chunks of every length costs the long ones up to 4 %.)
 enum class GemmLoop { kChunks, kFetching, kTaps };
 
 // `count` tiles one below the other, from row `row` on.
 template <class T, int kRows, int kVectors, bool kHalf, GemmLoop kLoop>
-void gemm_tiles(const GemmArgs<T>& g, const GemmPanel<T>& panel, int64_t row, int64_t count, const char* fetch) {
+void gemm_tiles(const GemmArgs<T>& g, const GemmPanel<T>& panel, int64_t row, int64_t count, const char* fetch,
+                int64_t fetch_step) {
   constexpr int kLanes = Vec<T>::kLanes, kFull = kVectors - kHalf;
   constexpr int kWidth = kFull * kLanes + (kHalf ? Vec<HalfOf<T>>::kLanes : 0);
   const int64_t a_stride = g.a_stride;
@@ -150,7 +153,7 @@ void gemm_tiles(const GemmArgs<T>& g, const GemmPanel<T>& panel, int64_t row, in
         for (int64_t k = 0; k < g.chunk_length; ++k, inputs.next(), weight += kWidth) {
           if constexpr (kLoop == GemmLoop::kFetching) {
             __builtin_prefetch(fetch, 0, 2);
-            fetch += kCacheLine;
+            fetch += fetch_step;
           }
           acc.multiply(inputs, a_stride, weight);
         }
@@ -169,7 +172,7 @@ void gemm_tiles(const GemmArgs<T>& g, const GemmPanel<T>& panel, int64_t row, in
 }
 
 template <class T>
-using GemmTiles = void (*)(const GemmArgs<T>&, const GemmPanel<T>&, int64_t, int64_t, const char*);
+using GemmTiles = void (*)(const GemmArgs<T>&, const GemmPanel<T>&, int64_t, int64_t, const char*, int64_t);
 
 template <class T, int kVectors, bool kHalf, int kRows = GemmShape<T>::rows(kVectors)>
 GemmTiles<T> select_gemm_rows(int rows, GemmLoop loop) {
@@ -225,9 +228,12 @@ void gemm(const GemmArgs<T>& g) {
       const GemmPanel<T> panel{weight, column, last};
       const int64_t max_rows = GemmShape<T>::rows(panel_vectors);
       const int64_t tiles = (rows + max_rows - 1) / max_rows;
-      // Lines of the next panel for each k, and so tiles that bring them: some are left, or it is not worth it.
-      int64_t fetching = (packed_width * static_cast<int64_t>(sizeof(T)) + kCacheLine - 1) / kCacheLine;
-      if (depth < kFetchDepth || taps || fetching >= tiles) fetching = 0;
+      // The next panel has a few lines for each k. The first tiles bring them, up to four times as many tiles as lines,
+      // since memory gives them slowly; where not even as many tiles follow, it is not worth it.
+      const int64_t lines = (packed_width * static_cast<int64_t>(sizeof(T)) + kCacheLine - 1) / kCacheLine;
+      const bool worth = depth >= kFetchDepth && !taps && lines < tiles;
+      const int64_t most = kFetchSpread * lines, fetching = !worth ? 0 : most < tiles ? most : tiles - 1;
+      const int64_t fetch_step = worth ? (kCacheLine * lines + fetching - 1) / fetching : 0;
       const char* fetch = reinterpret_cast<const char*>(weight + packed_width * depth);
       // Tiles of two heights at most, the high ones first: rows / tiles rounded up and down.
       const int low = static_cast<int>(rows / tiles);
@@ -238,8 +244,8 @@ void gemm(const GemmArgs<T>& g) {
         int64_t end = high ? high_tiles : tiles;
         if (fetches && fetching < end) end = fetching;
         const GemmLoop loop = taps ? GemmLoop::kTaps : fetches ? GemmLoop::kFetching : GemmLoop::kChunks;
-        select_gemm_tiles<T>(panel_vectors, low + high, half, loop)(g, panel, row, end - t, fetch);
-        if (fetches) fetch += (end - t) * depth * kCacheLine;
+        select_gemm_tiles<T>(panel_vectors, low + high, half, loop)(g, panel, row, end - t, fetch, fetch_step);
+        if (fetches) fetch += (end - t) * depth * fetch_step;
         row += (end - t) * (low + high);
         t = end;
       }

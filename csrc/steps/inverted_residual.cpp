@@ -23,13 +23,18 @@ class InvertedResidual final : public Step {
   }
 
   void run(const Work& work) const override {
-    const Range range = work.team.share(y_.n * y_.h);
+    // A depthwise row is cheap beside its products: where nothing is expanded, two threads meet within a row of outputs
+    // and both filter it. (19 rows on two threads would be 10 and 9.)
+    const int64_t grain = spec_.project.defined() && !spec_.expand.defined() ? 1 : y_.w;
+    const Range shared = work.team.share(y_.n * y_.pixels() / grain);
+    const Range range = {shared.begin * grain, shared.end * grain};  // output positions
     T* expanded = reinterpret_cast<T*>(work.thread_scratch);
     T* filtered = expanded + expanded_elements(strip_rows_);
     int64_t held_image = -1, held_begin = 0, held_end = 0;  // expanded input rows in scratch
-    for (int64_t unit = range.begin; unit < range.end;) {
-      const int64_t image = unit / y_.h, first = unit % y_.h;
-      const Range rows = {first, std::min({first + strip_rows_, y_.h, range.end - image * y_.h})};
+    for (int64_t position = range.begin; position < range.end;) {
+      const int64_t image = position / y_.pixels(), row_begin = position % y_.pixels() / y_.w;
+      const int64_t image_end = std::min(y_.pixels(), range.end - image * y_.pixels());
+      const Range rows = {row_begin, std::min(row_begin + strip_rows_, (image_end + y_.w - 1) / y_.w)};
       const Window& w = spec_.window;
       const int64_t begin = std::clamp<int64_t>(rows.begin * w.stride_h - w.pad_top, 0, x_.h);
       const int64_t end = std::clamp<int64_t>(
@@ -50,15 +55,16 @@ class InvertedResidual final : public Step {
         held_end = end;
         hidden = expanded;
       }
-      T* y = work.buffer<T>(spec_.y) + (image * y_.h + rows.begin) * y_.w * y_.c;
-      filter(hidden, rows, begin, end, spec_.project.defined() ? filtered : y,
-             spec_.sums >= 0 ? work.buffer<T>(spec_.sums) + unit * hidden_ : nullptr);
+      filter(hidden, rows, begin, end, spec_.project.defined() ? filtered : work.buffer<T>(spec_.y) + position * y_.c,
+             spec_.sums >= 0 ? work.buffer<T>(spec_.sums) + (image * y_.h + rows.begin) * hidden_ : nullptr);
+      const int64_t end_position = image * y_.pixels() + std::min(image_end, rows.end * y_.w);
       if (spec_.project.defined()) {
         const T* residual = work.buffer<T>(spec_.residual);
-        if (residual != nullptr) residual += (image * y_.h + rows.begin) * y_.w * y_.c;
-        multiply(spec_.project, spec_.project_activation, filtered, hidden_, y_.c, rows.size() * y_.w, residual, y);
+        if (residual != nullptr) residual += position * y_.c;
+        multiply(spec_.project, spec_.project_activation, filtered + position % y_.w * hidden_, hidden_, y_.c,
+                 end_position - position, residual, work.buffer<T>(spec_.y) + position * y_.c);
       }
-      unit += rows.size();
+      position = end_position;
     }
   }
 
