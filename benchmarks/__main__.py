@@ -13,7 +13,7 @@ from benchmarks.peers import PEERS
 from benchmarks.timing import ROOT, ceilings, measure
 from mobilenet_fast.cli import command_line, positive, thread_count
 
-# Every operation on every instruction set, in a minute.
+# Every operation and step on every instruction set, in a minute or two.
 TESTS = (
     "test_activation.py",
     "test_batch_norm_act.py",
@@ -22,6 +22,8 @@ TESTS = (
     "test_depthwise_conv2d.py::test_every_tap_counts",
     "test_pointwise_conv2d.py::test_layers_of_real_networks",
     "test_pointwise_conv2d.py::test_every_weight_counts",
+    "test_accelerate_steps.py",
+    "test_accelerate_blocks.py",
 )
 
 
@@ -81,7 +83,7 @@ def parse(arguments):
 
 
 def kernels_pass() -> bool:
-    print("testing the kernels, a minute (--skip-tests) …", file=sys.stderr)
+    print("testing the kernels, a minute or two (--skip-tests) …", file=sys.stderr)
     command = [sys.executable, "-m", "pytest", "-qx", *(f"tests/{test}" for test in TESTS)]
     run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if run.returncode:

@@ -85,15 +85,18 @@ def latency(result: Result | None) -> str:
 def results_table(results: list[Result]) -> str:
     """All peers of one case at one thread count and batch."""
     baseline = next((r.median_ms for r in results if r.peer == BASELINE), None)
-    rows = [["", "median ms", "quartiles", "× " + BASELINE, "error", "% of peak", "% of copy"]]
+    heading = ["", "median ms", "quartiles", "× " + BASELINE, "error", "% of peak", "% of copy"]
+    rows = [[*heading, "MiB: model\n+ first call"]]
     for r in results:
         if r.median_ms is None:
-            rows.append([r.peer, latency(r), "", "", "", "", ""])
+            rows.append([r.peer, latency(r), "", "", "", "", "", ""])
             continue
         ratio = baseline / r.median_ms if baseline else None
         shares = [number(share and 100 * share, "{:.0f}") for share in (r.peak_share, r.copy_share)]
         quartiles = f"{r.q1_ms:.4g}–{r.q3_ms:.4g}"
-        rows.append([r.peer, latency(r), quartiles, number(ratio, "{:.2f}"), number(r.error, "{:.1e}"), *shares])
+        memory = "" if r.first_call_mib is None else f"{r.prepare_mib:.0f} + {r.first_call_mib:.1f}"
+        error = number(r.error, "{:.1e}")
+        rows.append([r.peer, latency(r), quartiles, number(ratio, "{:.2f}"), error, *shares, memory])
     first = results[0]
     title = f"{first.case} · {first.threads} thread(s) · batch {first.batch}"
     measured = next((r for r in results if r.peak_gflops), None)

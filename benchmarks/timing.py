@@ -38,6 +38,9 @@ class Result:
     # all are several times the usual, the system has put the threads where they share no cache.
     trip_low_ns: float | None = None
     trip_ns: float | None = None
+    # Growth of the process's resident memory while the peer took the model, and by its first call.
+    prepare_mib: float | None = None
+    first_call_mib: float | None = None
     copy_share: float | None = None  # time of a copy of the input / time
     absent: str | None = None  # why there is no figure although nothing went wrong
     failed: str | None = None
@@ -150,13 +153,15 @@ def measure(case: Case, peers: list[Peer], threads: int, batch: int, rounds: int
             workers.append(worker)
             facts = worker.facts
             result.failed, result.absent, result.error = map(facts.get, ("failed", "absent", "error"))
+            result.prepare_mib, result.first_call_mib = facts.get("prepare_mib"), facts.get("first_call_mib")
             if "macs" in facts:
                 result.gmacs, result.mbytes = facts["macs"] / 1e9, facts["bytes"] / 1e6
         ready = [worker for worker in workers if "macs" in worker.facts]
         peaks, trips = [peak("fma", threads)], []
         for turn in range(rounds):
             print(f"\r  round {turn + 1} of {rounds}", end="", file=sys.stderr, flush=True)
-            for worker in ready:
+            first = turn % max(len(ready), 1)  # nobody always follows the same one
+            for worker in ready[first:] + ready[:first]:
                 times.setdefault(worker.peer.name, []).extend(worker.round(seconds))
                 time.sleep(0.01)  # the idle threads of one peer's OpenMP spin for a while after its last region
             if threads > 1:

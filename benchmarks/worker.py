@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,12 @@ def time_calls(run, inputs, seconds):
         run(x)
         times.append(1e3 * (time.perf_counter() - start))
     return times
+
+
+def resident_mib() -> float:
+    """Memory of this process that is in RAM."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main():
@@ -44,7 +51,11 @@ def main():
             problem = case.problem(int(batch))
             inputs = [peer.given(x) for x in problem.inputs]
             conversion = peer.conversion(case, int(batch))
+            memory = [resident_mib()]
             run = peer.prepare(problem, int(threads), *([conversion] if conversion else []))
+            memory.append(resident_mib())
+            run(inputs[0])
+            memory.append(resident_mib())
             error = None
             if peer.is_model:
                 # All outputs before any is looked at: a runtime may hand out the memory of its last one again.
@@ -60,7 +71,8 @@ def main():
         answer(failed=f"{type(failure).__name__}: {failure}".splitlines()[0])
         raise
     setup_seconds = round(time.perf_counter() - start, 1)
-    answer(error=error, macs=problem.macs, bytes=problem.bytes, setup_seconds=setup_seconds)
+    growth = {"prepare_mib": memory[1] - memory[0], "first_call_mib": memory[2] - memory[1]}
+    answer(error=error, macs=problem.macs, bytes=problem.bytes, setup_seconds=setup_seconds, **growth)
     with torch.no_grad():
         for line in sys.stdin:
             answer(times_ms=time_calls(run, turns, json.loads(line)["seconds"]))

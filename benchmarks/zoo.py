@@ -83,8 +83,8 @@ def examine(case: Case) -> Row:
         if entry.ours:
             row.reference = [found.parameters, found.macs]
             state = (model.module if entry.output else model).state_dict()
-            model = models.create_model(entry.ours, weights=state, **entry.options).eval()
-            model = Part(model, entry.output) if entry.output else model
+            model = models.create_model(entry.ours, weights=state, **entry.options)
+            model = (Part(model, entry.output) if entry.output else model).eval()
             found = cost.count(model, size)
         row.parameters, row.macs = found.parameters, found.macs
         outputs = torch.stack([problem.module(x) for x in problem.inputs])

@@ -4,7 +4,8 @@ float32 and float64 tensors on the CPU run in the C++ kernels, everything else i
 `mobilenet_fast.reference`. ``backend="cpp"`` insists on the kernels and ``backend="reference"`` on PyTorch.
 
 **Error.** With eps of the dtype and n the number of terms of an output's sum, an output differs from its exact value
-by at most 4 · n · eps times the sum of its terms' magnitudes.
+by at most 4 · n · eps times the sum of its terms' magnitudes. silu and sigmoid of it add at most 5e-7 (float32) or
+6e-16 (float64) of their value.
 
 **Raises.** ValueError for a shape, value, device or backend that an operation can't take; TypeError for a dtype that
 it can't, one unlike the input's, or an argument of another type; NotImplementedError where ``backend="cpp"`` has no

@@ -125,6 +125,12 @@ def test_rows_of_earlier_runs_are_kept(small, tmp_path, monkeypatch):
     assert page.index("| ours |") < page.index("| grouped |")
 
 
+def test_a_model_that_names_its_outputs():
+    name = "lraspp_mobilenet_v3_large"
+    row = zoo.examine(Case("zoo", name, network(ZOO[name].build, 128)))
+    assert row.failed is None and row.is_right and row.share > 0.95
+
+
 def test_every_model_of_ours_has_a_row():
     assert {entry.ours for entry in OURS} == set(models.list_models()) - {"efficientnet"}
     assert zoo.PAPERS.keys() <= {entry.ours for entry in OURS}

@@ -23,9 +23,7 @@ class InvertedResidual final : public Step {
   }
 
   void run(const Work& work) const override {
-    // A depthwise row is cheap beside its products: where nothing is expanded, two threads meet within a row of outputs
-    // and both filter it. (19 rows on two threads would be 10 and 9.)
-    const int64_t grain = spec_.project.defined() && !spec_.expand.defined() ? 1 : y_.w;
+    const int64_t grain = meets_within_rows(work.team.size) ? 1 : y_.w;
     const Range shared = work.team.share(y_.n * y_.pixels() / grain);
     const Range range = {shared.begin * grain, shared.end * grain};  // output positions
     T* expanded = reinterpret_cast<T*>(work.thread_scratch);
@@ -81,6 +79,16 @@ class InvertedResidual final : public Step {
   }
 
  private:
+  // Whether two threads meet within a row of outputs, which both filter then, or between two: 19 rows on two threads
+  // are 10 and 9. What is expanded for a row would be computed twice as well. A multiply-add of the depthwise
+  // convolution takes about as long as four of the product.
+  bool meets_within_rows(int threads) const {
+    if (spec_.expand.defined() || !spec_.project.defined()) return false;
+    const int64_t rows = y_.n * y_.h, whole = (rows + threads - 1) / threads;
+    const int64_t filter = 4 * spec_.window.kernel_h * spec_.window.kernel_w, product = y_.c;
+    return (rows + threads) * filter + rows * product < whole * threads * (filter + product);
+  }
+
   int64_t expanded_elements(int64_t rows) const {
     const Window& w = spec_.window;
     const int64_t input_rows = (rows - 1) * w.stride_h + (w.kernel_h - 1) * w.dilation_h + 1;
