@@ -99,14 +99,14 @@ py::object run_usual(Plan& plan, const py::object& x, const py::dict& module, co
 }
 
 void add_aten(Plan& plan, const std::string& name, const std::string& overload, const py::list& arguments,
-              std::vector<int64_t> outputs) {
+              std::vector<int64_t> outputs, bool returned) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
   const auto& schema = op.schema();
   if (arguments.size() != schema.arguments().size()) {
     throw py::value_error("Plan: " + name + " takes " + std::to_string(schema.arguments().size()) + " arguments, got " +
                           std::to_string(arguments.size()));
   }
-  AtenStep step{op, {}, std::move(outputs)};
+  AtenStep step{op, {}, std::move(outputs), returned};
   for (size_t i = 0; i < arguments.size(); ++i) {
     step.arguments.push_back(aten_argument(arguments[i], schema.arguments()[i]));
   }
@@ -209,7 +209,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("run_usual", &run_usual)
       .def("profile", &Plan::profile, release)
       .def("describe", &Plan::describe)
-      .def("add_aten", &add_aten, py::arg("name"), py::arg("overload"), py::arg("arguments"), py::arg("outputs"))
+      .def("add_aten", &add_aten, py::arg("name"), py::arg("overload"), py::arg("arguments"), py::arg("outputs"),
+           py::arg("returned"))
       .def(
           "add_pointwise_conv2d",
           [=](Plan& plan, const std::string& isa, Quad x_shape, int64_t out_channels, const at::Tensor& packed,
@@ -231,12 +232,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(
           "add_winograd",
           [=](Plan& plan, const std::string& isa, Quad x_shape, Quad y_shape, const at::Tensor& packed, int64_t pad_top,
-              int64_t pad_left, const std::string& activation, int x, int y) {
+              int64_t pad_left, const std::string& activation, int x, int y, int residual) {
             plan.add(make_winograd(isa_of(isa), image_shape(x_shape), image_shape(y_shape), packed, pad_top, pad_left,
-                                   act_of(activation), x, y));
+                                   act_of(activation), x, y, residual));
           },
           py::kw_only(), py::arg("isa"), py::arg("x_shape"), py::arg("y_shape"), py::arg("packed"), py::arg("pad_top"),
-          py::arg("pad_left"), py::arg("activation"), py::arg("x"), py::arg("y"))
+          py::arg("pad_left"), py::arg("activation"), py::arg("x"), py::arg("y"), py::arg("residual"))
       .def(
           "add_depthwise_conv2d",
           [=](Plan& plan, const std::string& isa, Quad x_shape, Quad y_shape, const at::Tensor& packed,

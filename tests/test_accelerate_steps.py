@@ -129,8 +129,53 @@ def test_winograd(on, monkeypatch, threads, channels, out_channels, padding):
     assert "Winograd" in fast.explain().rows[0].kernel
 
 
+@pytest.mark.parametrize("channels", [16, 19, 70])
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("faster", [True, False], ids=["winograd", "direct"])
+def test_residual_of_a_dense_convolution(on, monkeypatch, threads, channels, activation, faster):
+    monkeypatch.setattr(plan, "winograd_is_faster", lambda *sizes: faster)
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    model = seeded(lambda: Net(lambda self, x: self.activation(self.conv(x) + x), conv=conv, activation=activation))
+    fast, exact = accelerate(model), copy.deepcopy(model).double()
+    for (h, w), n, count in itertools.product(SIZES, (1, 2), (1, 3)):
+        threads(count)
+        x = torch.randn(n, channels, h, w)
+        with torch.no_grad():
+            y, y64 = fast(x), exact(x.double())
+        torch.testing.assert_close(y.double(), y64, rtol=0, atol=1e-5 * y64.abs().max().item())
+    (row,) = fast.explain().rows
+    assert "residual" in row.operation and ("Winograd" in row.kernel) == faster
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_convolution_with_more_weights_than_cache(on, threads, activation, residual):
+    """A panel's weights are read in slices, each by all rows of a strip."""
+    conv = nn.Conv2d(2100, 20, 3, padding=1)
+    forward = lambda self, x: self.activation(self.conv(x) + (x[:, :20] if residual else 0))  # noqa: E731
+    model = seeded(lambda: Net(forward, conv=conv, activation=activation))
+    fast = accelerate(model)
+    for count, shape in itertools.product((1, 3), ((1, 2100, 5, 5), (2, 2100, 3, 7), (1, 2100, 1, 1))):
+        threads(count)
+        check(model, torch.randn(shape), fast=fast, allowed=1e-5)  # of 18,900 terms a sum
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_images_that_aten_returns(memory_format):
+    """Their layout is the input's, whichever way they come to it."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        return F.interpolate(y, scale_factor=3, mode="bilinear"), y.mean((2, 3), keepdim=True).expand(-1, -1, 3, 3)
+
+    model = seeded(lambda: Net(forward, conv=nn.Conv2d(8, 5, 3)))
+    x = image().to(memory_format=memory_format)
+    for y in check(model, x)(x):
+        assert y.is_contiguous(memory_format=memory_format)
+
+
 def test_winograd_is_chosen_where_it_saves():
     cache = 2**20
     assert plan.winograd_is_faster((1, 64, 56, 56), (1, 192, 56, 56), cache)
     assert plan.winograd_is_faster((1, 32, 147, 147), (1, 64, 147, 147), cache)
-    assert not plan.winograd_is_faster((1, 512, 2, 2), (1, 512, 2, 2), cache)
+    assert not plan.winograd_is_faster((1, 512, 7, 7), (1, 512, 7, 7), cache)  # too few tiles for so many weights

@@ -245,13 +245,16 @@ at::Tensor Plan::tensor_of(int64_t value, const std::vector<at::Tensor>& tensors
   return at::from_blob(buffers[value].data, v.shape, {h * w * c, 1, w * c, c}, options);
 }
 
-void Plan::run_aten(const AtenStep& step, std::vector<at::Tensor>& tensors, std::vector<Buffer>& buffers) const {
+void Plan::run_aten(const AtenStep& step, bool contiguous, std::vector<at::Tensor>& tensors,
+                    std::vector<Buffer>& buffers) const {
   torch::jit::Stack stack;
+  int64_t elements = 0;  // of the results
+  for (int64_t value : step.outputs) elements += value < 0 ? 0 : c10::multiply_integers(values_[value].shape);
   std::vector<at::Tensor> borrowed;  // views of arena memory, which a result must not outlive
   const auto get = [&](int64_t value) {
     at::Tensor tensor = tensor_of(value, tensors, buffers);
     if (!tensors[value].defined()) borrowed.push_back(tensor);
-    return tensor;
+    return step.returned && contiguous && tensor.numel() < elements ? tensor.contiguous() : tensor;
   };
   for (const AtenArgument& argument : step.arguments) {
     if (argument.kind == AtenArgument::kConstant) {
@@ -291,7 +294,8 @@ void Plan::run_aten(const AtenStep& step, std::vector<at::Tensor>& tensors, std:
         break;
       }
     }
-    if (result.scalar_type() == dtype_) {
+    const bool stays = step.returned && result.dim() == 4 && result.is_non_overlapping_and_dense();
+    if (result.scalar_type() == dtype_ && !stays) {
       const at::Tensor dense = result.contiguous(engine_format(values_[value].shape.size()));
       buffers[value] = dense_buffer(dense.data_ptr(), values_[value].shape);
       result = dense;
@@ -340,13 +344,16 @@ std::vector<at::Tensor> Plan::execute(const std::vector<at::Tensor>& inputs, std
   } else {
     for (int64_t i : outside_) locate(i);
   }
+  const bool contiguous = std::none_of(inputs.begin(), inputs.end(), [](const at::Tensor& input) {
+    return !input.is_contiguous() && input.is_contiguous(at::MemoryFormat::ChannelsLast);
+  });
   for (const Segment& segment : segments_) {
     const size_t steps = segment.aten != nullptr ? 1 : segment.steps.size();
     const double start = seconds == nullptr ? 0.0 : now();
     if (seconds != nullptr) seconds->resize(seconds->size() + steps, 0.0);
     double* times = seconds == nullptr ? nullptr : seconds->data() + seconds->size() - steps;
     if (segment.aten != nullptr) {
-      run_aten(*segment.aten, tensors, buffers);
+      run_aten(*segment.aten, contiguous, tensors, buffers);
       if (times != nullptr) *times = now() - start;
     } else {
       run_native(segment, buffers, *arena, times);

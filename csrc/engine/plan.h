@@ -39,6 +39,7 @@ struct AtenStep {
   c10::OperatorHandle op;
   std::vector<AtenArgument> arguments;
   std::vector<int64_t> outputs;  // values that take its results, in order; a list result is spread out; -1 drops one
+  bool returned;                 // no other step reads them: images keep the layout that the operator gives
 };
 
 // The memory that a network's plans run in, one arena a call at a time: plans of all shapes share them, so that they
@@ -98,7 +99,9 @@ class Plan {
   void run_parts(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const;
   void locate_part(int64_t part, int64_t parts, const std::vector<Buffer>& whole, char* memory,
                    std::vector<Buffer>& buffers) const;
-  void run_aten(const AtenStep& step, std::vector<at::Tensor>& tensors, std::vector<Buffer>& buffers) const;
+  // A step whose results are returned gets images `contiguous` if results should be so, where those are larger.
+  void run_aten(const AtenStep& step, bool contiguous, std::vector<at::Tensor>& tensors,
+                std::vector<Buffer>& buffers) const;
   at::Tensor tensor_of(int64_t value, const std::vector<at::Tensor>& tensors, const std::vector<Buffer>& buffers) const;
 
   at::ScalarType dtype_;

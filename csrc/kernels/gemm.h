@@ -212,7 +212,7 @@ void gemm(const GemmArgs<T>& g) {
   constexpr int kLanes = Vec<T>::kLanes;
   const int64_t vectors = (g.columns + kLanes - 1) / kLanes;
   const int64_t panels = panel_count(vectors, GemmShape<T>::kPanelVectors);
-  const int64_t depth = g.chunks * g.chunk_length;
+  const int64_t depth = g.chunks * g.chunk_length, panel_depth = g.depth > 0 ? g.depth : depth;
   const bool taps = g.chunk_length == 1;
   for (int64_t block = 0; block < g.rows; block += g.rows_per_block) {
     const int64_t rows = block + g.rows_per_block < g.rows ? g.rows_per_block : g.rows - block;
@@ -224,7 +224,7 @@ void gemm(const GemmArgs<T>& g) {
       const int last = static_cast<int>(width - (panel_vectors - 1) * kLanes);
       const bool half = last <= Vec<HalfOf<T>>::kLanes;
       const int64_t packed_width = panel_vectors * kLanes - (half ? kLanes - Vec<HalfOf<T>>::kLanes : 0);
-      const T* weight = g.weight + column * depth;
+      const T* weight = g.weight + column * panel_depth + g.first_k * packed_width;
       const GemmPanel<T> panel{weight, column, last};
       const int64_t max_rows = GemmShape<T>::rows(panel_vectors);
       const int64_t tiles = (rows + max_rows - 1) / max_rows;
@@ -235,8 +235,8 @@ void gemm(const GemmArgs<T>& g) {
       const int64_t most = kFetchSpread * lines, fetching = !worth ? 0 : most < tiles ? most : tiles - 1;
       const int64_t fetch_step = worth ? (kCacheLine * lines + fetching - 1) / fetching : 0;
       const bool again = p + 1 == g.panel_end && block + rows < g.rows;  // the next block begins with the first panel
-      const int64_t next = again ? panel_first_vector(g.panel_begin, panels, vectors) * kLanes : column + packed_width;
-      const char* fetch = reinterpret_cast<const char*>(g.weight + next * depth);
+      const T* begin = g.weight + panel_first_vector(g.panel_begin, panels, vectors) * kLanes * panel_depth;
+      const char* fetch = reinterpret_cast<const char*>(again ? begin : weight + depth * packed_width);
       // Tiles of two heights at most, the high ones first: rows / tiles rounded up and down.
       const int low = static_cast<int>(rows / tiles);
       const int64_t high_tiles = rows % tiles;

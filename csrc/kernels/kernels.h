@@ -18,7 +18,8 @@ enum class Activation : int { kNone, kRelu, kRelu6, kHardswish, kHardsigmoid, kS
 //
 // The weight is packed: output channels are cut into vectors of `lanes`, those into panels of at most `panel_vectors`
 // (see panel_first_vector), and each panel is stored row by row (chunk, then k), zero-padded to a multiple of
-// `column_unit`. A call computes the panels [panel_begin, panel_end) of `columns` columns in all.
+// `column_unit`. A call computes the panels [panel_begin, panel_end) of `columns` columns in all. Where `depth` is
+// given, panels have so many rows, of which the chunks are those from `first_k` on.
 template <class T>
 struct GemmArgs {
   const T* a;
@@ -26,8 +27,9 @@ struct GemmArgs {
   int64_t rows;
   const int64_t* chunk_offset;
   int64_t chunks, chunk_length;
-  const T* weight;  // all panels
-  const T* bias;    // padded to whole vectors
+  const T* weight;         // all panels
+  const T* bias;           // padded to whole vectors
+  int64_t depth, first_k;  // or 0
   int64_t columns;
   int64_t panel_begin, panel_end;
   const T* residual;  // or null
@@ -66,7 +68,9 @@ struct WinogradArgs {
   int64_t image_row_stride, image_pixel_stride, image_height, image_width, pad_top, pad_left;
   T* tiles;
   int64_t tile_begin, tile_end, tiles_across, tile_stride, plane_stride, channels;
-  const T* bias;  // of the outputs
+  const T* bias;      // of the outputs
+  const T* residual;  // or null: an image like the output, its pixels residual_stride apart
+  int64_t residual_stride;
   Activation activation;
 };
 

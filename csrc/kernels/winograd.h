@@ -87,7 +87,7 @@ void winograd_input(const WinogradArgs<T>& w) {
 
 template <class T, bool kTail>
 void winograd_output_vector(const WinogradArgs<T>& w, const T* tile, int64_t channel, int rows, int columns, T* y,
-                            int n) {
+                            const T* residual, int n) {
   using V = Vec<T>;
   typename V::Reg half[6][4];  // column by column, its rows transformed
 #pragma GCC unroll 6
@@ -107,6 +107,17 @@ void winograd_output_vector(const WinogradArgs<T>& w, const T* tile, int64_t cha
     winograd_transform_four<T>(m, out[i]);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) out[i][j] = V::add(out[i][j], bias);
+  }
+  if (residual != nullptr) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        if (i >= rows || j >= columns) continue;
+        const T* r = residual + (i * w.image_width + j) * w.residual_stride;
+        out[i][j] = V::add(out[i][j], load<T, kTail>(r, n));
+      }
+    }
   }
   activate_accumulators<T>(w.activation, out);
 #pragma GCC unroll 4
@@ -132,12 +143,14 @@ void winograd_output(const WinogradArgs<T>& w) {
     const int64_t top = t / w.tiles_across * 4, left = t % w.tiles_across * 4;
     const int rows = clip(w.image_height - top, kNone, kAll), columns = clip(w.image_width - left, kNone, kAll);
     T* y = w.output + top * w.image_row_stride + left * w.image_pixel_stride;
-    int64_t c = 0;
-    for (; c + kLanes <= w.channels; c += kLanes) {
-      winograd_output_vector<T, false>(w, tile + c, c, rows, columns, y + c, kLanes);
-    }
-    if (c < w.channels) {
-      winograd_output_vector<T, true>(w, tile + c, c, rows, columns, y + c, static_cast<int>(w.channels - c));
+    const T* residual = w.residual == nullptr ? nullptr : w.residual + (top * w.image_width + left) * w.residual_stride;
+    for (int64_t c = 0; c < w.channels; c += kLanes) {
+      const T* r = residual == nullptr ? nullptr : residual + c;
+      if (c + kLanes <= w.channels) {
+        winograd_output_vector<T, false>(w, tile + c, c, rows, columns, y + c, r, kLanes);
+      } else {
+        winograd_output_vector<T, true>(w, tile + c, c, rows, columns, y + c, r, static_cast<int>(w.channels - c));
+      }
     }
   }
 }

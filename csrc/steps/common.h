@@ -146,7 +146,8 @@ std::unique_ptr<Step> make_depthwise_conv2d(Isa isa, ImageShape x_shape, ImageSh
                                             Window window, Activation activation, int x, int y, int sums);
 // A dense 3×3 convolution of stride 1 from weights that pack_winograd gives.
 std::unique_ptr<Step> make_winograd(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed,
-                                    int64_t pad_top, int64_t pad_left, Activation activation, int x, int y);
+                                    int64_t pad_top, int64_t pad_left, Activation activation, int x, int y,
+                                    int residual);
 // The L2 cache of this CPU, or a cautious guess where the system does not tell.
 int64_t l2_cache_bytes();
 // y = project(depthwise(expand(x))) + residual, or without `expand` or `project` where that is undefined; `sums` as for

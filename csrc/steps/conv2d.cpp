@@ -31,6 +31,14 @@ class Conv2d final : public Step {
     const int64_t row_bytes = static_cast<int64_t>(sizeof(T)) * strip_width_ * x_shape_.c;
     // A strip takes a quarter of the L2 cache at most.
     strip_rows_ = std::clamp<int64_t>(rows_for(l2_cache_bytes() / 4 / row_bytes), 1, y_shape_.h);
+    // The chunks of a panel that all rows of a strip meet before the next ones do take half of it.
+    const int64_t chunks = window.kernel_h * chunks_per_row(1);
+    const int64_t chunk_bytes = static_cast<int64_t>(sizeof(T)) * window.kernel_h * window.kernel_w * x_shape_.c /
+                                chunks * kernels_.panel_vectors * kernels_.lanes;
+    const int64_t most = std::clamp<int64_t>(l2_cache_bytes() / 2 / chunk_bytes, 1, chunks);
+    const int64_t slices = (chunks + most - 1) / most;
+    slice_chunks_ = (chunks + slices - 1) / slices;
+    zeros_.resize(static_cast<size_t>(vectors_ * kernels_.lanes));
   }
 
   void run(const Work& work) const override {
@@ -55,35 +63,44 @@ class Conv2d final : public Step {
     fill_offsets(strip_offsets, planes, pixel, strip_row, strip_plane);
     GemmArgs<T> args{};
     args.a_stride = window_.stride_w * pixel;
-    args.chunks = planes * window_.kernel_h * chunks_per_row(planes);
+    const int64_t chunks = planes * window_.kernel_h * chunks_per_row(planes);
     args.chunk_length = window_.kernel_w / chunks_per_row(planes) * pixel;
-    args.bias = packed_.const_data_ptr<T>();
-    args.weight = args.bias + vectors_ * kernels_.lanes;
+    const T* bias = packed_.const_data_ptr<T>();
+    args.weight = bias + vectors_ * kernels_.lanes;
     if (planar) {
       args.weight += round_up(y_shape_.c, kernels_.column_unit) * window_.kernel_h * window_.kernel_w * x_shape_.c;
     }
     args.columns = y_shape_.c;
-    args.residual_stride = y_shape_.c;
+    args.depth = chunks * args.chunk_length;
     args.out_stride = pixel_stride(work.buffers[y_], y_shape_.c);
-    args.activation = activation_;
     const T* residual = work.buffer<T>(residual_);
     T* y = work.buffer<T>(y_);
-    // Outputs [columns) of `rows` output rows from `unit` on, whose inputs begin at a, a_row apart: panel by panel, so
-    // that each is read from beyond the L2 cache once.
+    // Outputs [columns) of `rows` output rows from `unit` on, whose inputs begin at a, a_row apart: panel by panel, and
+    // of large panels slice by slice, so that each is read from beyond the L2 cache once. Sums of the slices before are
+    // those of the next one's residual.
     const auto multiply = [&](int64_t unit, int64_t rows, Range columns, const T* a, int64_t a_row,
                               const int64_t* chunk_offset) {
       if (columns.size() == 0) return;
       args.rows = args.rows_per_block = columns.size();
-      args.chunk_offset = chunk_offset;
+      const int64_t most = rows == 1 || planar ? chunks : slice_chunks_;
       for (int64_t panel = panel_range.begin; panel < panel_range.end; ++panel) {
         args.panel_begin = panel;
         args.panel_end = panel + 1;
-        for (int64_t row = 0; row < rows; ++row) {
-          const int64_t y_pixel = (unit + row) * y_shape_.w + columns.begin;
-          args.a = a + row * a_row;
-          args.residual = residual == nullptr ? nullptr : residual + y_pixel * y_shape_.c;
-          args.out = y + y_pixel * args.out_stride;
-          kernels_.gemm(args);
+        for (int64_t chunk = 0; chunk < chunks; chunk += most) {
+          args.chunk_offset = chunk_offset + chunk;
+          args.chunks = std::min(most, chunks - chunk);
+          args.first_k = chunk * args.chunk_length;
+          args.bias = chunk == 0 ? bias : zeros_.data();
+          args.activation = chunk + most < chunks ? Activation::kNone : activation_;
+          args.residual_stride = chunk == 0 ? y_shape_.c : args.out_stride;
+          for (int64_t row = 0; row < rows; ++row) {
+            const int64_t y_pixel = (unit + row) * y_shape_.w + columns.begin;
+            args.a = a + row * a_row;
+            args.out = y + y_pixel * args.out_stride;
+            const T* before = chunk > 0 ? args.out : nullptr;
+            args.residual = chunk == 0 && residual != nullptr ? residual + y_pixel * y_shape_.c : before;
+            kernels_.gemm(args);
+          }
         }
       }
     };
@@ -190,7 +207,8 @@ class Conv2d final : public Step {
   Window window_;
   Activation activation_;
   int x_, y_, residual_;
-  int64_t vectors_, panels_, strip_width_, strip_rows_;
+  int64_t vectors_, panels_, strip_width_, strip_rows_, slice_chunks_;
+  std::vector<T> zeros_;
 };
 
 }  // namespace

@@ -13,7 +13,7 @@ template <class T>
 class Winograd final : public Step {
  public:
   Winograd(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed, int64_t pad_top, int64_t pad_left,
-           Activation activation, int x, int y)
+           Activation activation, int x, int y, int residual)
       : kernels_(kernels<T>(isa)),
         x_shape_(x_shape),
         y_shape_(y_shape),
@@ -22,7 +22,8 @@ class Winograd final : public Step {
         pad_left_(pad_left),
         activation_(activation),
         x_(x),
-        y_(y) {
+        y_(y),
+        residual_(residual) {
     panel_width_ = kernels_.panel_vectors * kernels_.lanes;
     panels_ = (y_shape_.c + panel_width_ - 1) / panel_width_;
     tiles_across_ = (y_shape_.w + 3) / 4;
@@ -87,6 +88,9 @@ class Winograd final : public Step {
         args.plane_stride = count * padded;
         args.channels = width;
         args.bias = bias + column;
+        const T* residual = work.buffer<T>(residual_);
+        args.residual = residual == nullptr ? nullptr : residual + image * y_shape_.pixels() * y_shape_.c + column;
+        args.residual_stride = y_shape_.c;
         args.activation = activation_;
         kernels_.winograd_output(args);
       }
@@ -108,7 +112,7 @@ class Winograd final : public Step {
   at::Tensor packed_;
   int64_t pad_top_, pad_left_;
   Activation activation_;
-  int x_, y_;
+  int x_, y_, residual_;
   int64_t panel_width_, panels_, tiles_across_, tiles_, block_;
 };
 
@@ -148,10 +152,11 @@ at::Tensor pack_winograd_as(const at::Tensor& weight, const OptionalTensor& bias
 }  // namespace
 
 std::unique_ptr<Step> make_winograd(Isa isa, ImageShape x_shape, ImageShape y_shape, const at::Tensor& packed,
-                                    int64_t pad_top, int64_t pad_left, Activation activation, int x, int y) {
+                                    int64_t pad_top, int64_t pad_left, Activation activation, int x, int y,
+                                    int residual) {
   return dispatch(packed.scalar_type(), [&](auto zero) -> std::unique_ptr<Step> {
     return std::make_unique<Winograd<decltype(zero)>>(isa, x_shape, y_shape, packed, pad_top, pad_left, activation, x,
-                                                      y);
+                                                      y, residual);
   });
 }
 

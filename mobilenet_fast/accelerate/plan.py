@@ -465,6 +465,7 @@ class _Builder:
                 activation=node.activation,
                 x=ids[x],
                 y=ids[node],
+                residual=ids[node.inputs[1]] if attrs.get("residual") else -1,
             )
         if is_dense(node) or is_depthwise(node):
             top, _, left, _ = attrs["padding"]
@@ -575,6 +576,7 @@ class _Builder:
         else:
             outputs = [self.define(node, "aten")]
         reads = [self.ids[source] for source in node.inputs]
+        returned = not any(self.users[result] for result in results or [node])
 
         def argument(value: Any) -> Any:
             if isinstance(value, Slot):
@@ -585,7 +587,7 @@ class _Builder:
 
         def emit(engine: _C.Plan) -> None:
             arguments = [argument(value) for value in call.arguments]
-            engine.add_aten(call.target._schema.name, call.target._schema.overload_name, arguments, outputs)
+            engine.add_aten(call.target._schema.name, call.target._schema.overload_name, arguments, outputs, returned)
 
         self.step(node, _operation(node), _why_aten(node), reads, [o for o in outputs if o >= 0], emit)
 
@@ -608,15 +610,17 @@ def winograd_serves(node: Node) -> bool:
     """Whether the node is a 3×3 convolution of stride 1, and no stem, which reads its image as it lies."""
     a = node.attrs
     square = is_dense(node) and a["kernel"] == (3, 3) and a["stride"] == a["dilation"] == (1, 1)
-    return square and not a.get("residual") and node.inputs[0].shape[1] >= 16 and node.dtype == torch.float32
+    return square and node.inputs[0].shape[1] >= 16 and node.dtype == torch.float32
 
 
 def winograd_is_faster(x_shape: tuple[int, ...], y_shape: tuple[int, ...], cache_bytes: int) -> bool:
     """By a count of cycles, each of which multiplies and adds one vector of 16 lanes.
 
     The direct sum keeps the units busy but for 3 %. Winograd's matrix products have a row a tile of 4 × 4 outputs: of r
-    rows about r / (r + 2) of the cycles count. Weights, four times as many as before, come from the L3 cache once a
-    block of tiles at some 16 bytes a cycle, half of it hidden. The transforms take 130 cycles a tile and vector.
+    rows about r / (r + 2) of the cycles count. Weights, four times as many as before, come from memory at 1.5 bytes a
+    cycle (Cascade Lake gets 1.2, with two units a core; Zen 4 5), so that few tiles are not worth them, and once more
+    for each further block of tiles from the L3 cache at some 16 bytes a cycle, half of it hidden. The transforms take
+    130 cycles a tile and vector.
     """
     n, c, _, _ = x_shape
     _, k, h, w = y_shape
@@ -624,9 +628,10 @@ def winograd_is_faster(x_shape: tuple[int, ...], y_shape: tuple[int, ...], cache
     tiles = -(-h // 4) * -(-w // 4)
     block = max(1, min(tiles, cache_bytes * 5 // 8 // (36 * (c + 64) * 4)))
     products = 36 * n * tiles * c * k / 16 * (1 + 2 / block)
-    weights = 36 * c * k * 4 / 16 * n * -(-tiles // block)
+    weight_bytes = 36 * c * k * 4
+    weights = weight_bytes / 1.5 + weight_bytes / 32 * (n * -(-tiles // block) - 1)
     transforms = 130 * n * tiles * (c + k) / 16
-    return products + weights / 2 + transforms < 0.9 * direct
+    return products + weights + transforms < 0.9 * direct
 
 
 def takes_slice(node: Node) -> bool:

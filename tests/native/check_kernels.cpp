@@ -190,6 +190,8 @@ void check_winograd(const Kernels<T>& k, int64_t size, int64_t depth, int64_t ch
                                {0, 0, 1}};
   const int64_t across = (size + 3) / 4, tiles = across * across;
   const auto x = random<T>(size * size * depth), w = random<T>(9 * depth * channels), bias = random<T>(channels);
+  const auto residual = random<T>(size * size * channels);
+  const bool adds = depth % 2 == 0;
   std::vector<T> inputs(36 * tiles * depth), outputs(36 * tiles * channels), y(size * size * channels + 1, T(77));
   WinogradArgs<T> args{};
   args.image = x.data();
@@ -223,11 +225,13 @@ void check_winograd(const Kernels<T>& k, int64_t size, int64_t depth, int64_t ch
   args.tiles = outputs.data();
   args.plane_stride = tiles * channels;
   args.bias = bias.data();
+  args.residual = adds ? residual.data() : nullptr;
+  args.residual_stride = channels;
   args.activation = activation;
   k.winograd_output(args);
   for (int64_t i = 0; i < size * size * channels; ++i) {
     const int64_t c = i % channels, ox = i / channels % size, oy = i / channels / size;
-    double sum = bias[c];
+    double sum = bias[c] + (adds ? residual[i] : 0);
     for (int64_t tap = 0; tap < 9; ++tap) {
       const int64_t iy = oy + tap / 3 - 1, ix = ox + tap % 3 - 1;
       if (iy < 0 || iy >= size || ix < 0 || ix >= size) continue;
