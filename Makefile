@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make lint: each sets up all it needs in .venv; make clean undoes everything.
+# make demo · make test · make bench · make check-triton · make lint: each sets up all it needs in .venv; make clean undoes everything.
 # TORCH chooses the torch to install, as pip's arguments: make test TORCH="torch==2.11.0"
 
 TORCH ?= torch==2.13.0
@@ -16,14 +16,20 @@ BENCH_DEPS := $(VENV)/.bench
 LINT_DEPS := $(VENV)/.lint
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test check-triton bench lint build clean
 
 demo: $(BUILT) $(DEMO_DEPS)
 	$(RUN) -m benchmarks demo
 
-# Two processes, whose threads sleep while they wait: threads that spin would take the cores from the other process.
+# Two processes, whose threads sleep while they wait: threads that spin would take the cores from the other process. The
+# Triton kernels run in their interpreter, in a process of its own.
 test: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS)
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_triton_kernels.py
+
+# What the compiler makes of the Triton kernels: docs/triton.md. Needs no GPU.
+check-triton: $(BUILT) $(TEST_DEPS)
+	$(RUN) -m benchmarks.triton_offline
 
 # The README's table. The first run converts every model for every runtime, which takes half an hour of its own.
 bench: $(BUILT) $(BENCH_DEPS)
@@ -56,7 +62,7 @@ $(DEMO_DEPS): $(TORCH_STAMP)
 # torchvision's wheel asks for a torch of its own, and timm for torchvision; tests need nothing but their models' Python.
 $(TEST_DEPS): $(TORCH_STAMP)
 	$(PIP) pytest pytest-xdist hypothesis expecttest pyyaml huggingface_hub safetensors h5py onnx onnxscript onnxruntime
-	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31
+	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31 triton==3.7.1
 	touch $@
 
 # Once the package is there, naming its extra brings in only what the extra asks for.

@@ -8,6 +8,7 @@
 #include <torch/extension.h>
 
 #include <array>
+#include <cstring>
 
 #include "engine/plan.h"
 #include "steps/common.h"
@@ -98,6 +99,13 @@ py::object run_usual(Plan& plan, const py::object& x, const py::dict& module, co
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(results[0])));
 }
 
+// Whether tensors, dense and of one length each, hold the same bits.
+bool hold_the_same(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const at::Tensor& x, const at::Tensor& y) {
+    return x.nbytes() == y.nbytes() && std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0;
+  });
+}
+
 void add_aten(Plan& plan, const std::string& name, const std::string& overload, const py::list& arguments,
               std::vector<int64_t> outputs, bool returned) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
@@ -181,6 +189,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          double eps) { return fold_batch_norm(mean, var, weight, bias, eps, current_isa()); },
       py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"));
   m.def("l2_cache_bytes", &l2_cache_bytes);
+  m.def("hold_the_same", &hold_the_same);
   m.def(
       "peak_gflops",
       [=](const std::string& isa, int threads) { return peak_gflops(isa_of(isa), std::max(1, threads)); },

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import csv
 import io
+import numbers
 import os
 import statistics
 import time
@@ -126,13 +127,16 @@ def count(model: nn.Module, input_size: Sequence[int]) -> Cost:
         input_size: of that tensor, the batch first: (N, C, H, W) for these networks.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: ``input_size`` is no shape, or the model does not take it.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"count: model must be a module, got {type(model).__name__}")
     size = tuple(input_size) if isinstance(input_size, Iterable) else ()
-    if not size or not all(isinstance(n, int) and n > 0 for n in size):
+    if not size or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
         raise ValueError(f"count: input_size must be positive integers, batch first, got {input_size}")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    model = copy.deepcopy(model).to("meta").eval()
+    model = _on_meta(model).eval()
     x = torch.empty(size, dtype=dtype, device="meta")
     order: dict[nn.Module, tuple[int, ...]] = {}
     made: dict[nn.Module, int] = {}
@@ -224,6 +228,16 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy with tensors that are nowhere, in which what was shared is."""
+    copies = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        meta = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        copies[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
+    return copy.deepcopy(model, copies).to("meta")
+
+
 def scale_to_budget(
     *, macs: float | None = None, params: float | None = None, latency_ms: float | None = None, threads: int = 1
 ) -> tuple[float, float, int]:
@@ -239,7 +253,9 @@ def scale_to_budget(
         threads: for the latency.
 
     Raises:
-        ValueError: not exactly one budget is given, or it is not positive or less than what φ = -4 takes.
+        TypeError: a budget is no number.
+        ValueError: not exactly one budget is given, or it is not positive or less than what φ = -4 takes; ``threads``
+            is less than 1.
 
     EfficientNet (Tan and Le, 2019, arXiv:1905.11946), section 3.3.
     """
@@ -248,6 +264,10 @@ def scale_to_budget(
     if len(given) != 1:
         raise ValueError(f"scale_to_budget: one of macs, params and latency_ms must be given, got {len(given)}")
     ((name, budget),) = given.items()
+    if not isinstance(budget, numbers.Real):
+        raise TypeError(f"scale_to_budget: {name} must be a number, got {type(budget).__name__}")
+    if not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"scale_to_budget: threads must be an integer of at least 1, got {threads}")
     if not budget > 0:
         raise ValueError(f"scale_to_budget: {name} must be positive, got {budget}")
 

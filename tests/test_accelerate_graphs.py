@@ -1164,6 +1164,34 @@ def test_outputs_are_the_callers():
         assert len({output.data_ptr() for output in outputs}) == 6
 
 
+VIEWS = {
+    "of an input": lambda s, x: (s.conv(x), x[:1], x[:, 2:4]),
+    "of an output": lambda s, x: (y := torch.sin(s.conv(x)), y[:1], y.flatten(1)),
+    "of one another": lambda s, x: torch.sin(s.conv(x)).chunk(2, 0),
+    "of a weight": lambda s, x: (s.conv(x), s.conv.weight[:1]),
+    "pooled, and read in another shape": lambda s, x: (y := x.mean((2, 3), keepdim=True), s.fc(y.flatten(1))),
+    "vectors": lambda s, x: (y := x.mean((2, 3)), y[:1]),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 8])
+def test_no_output_is_a_view(kind, memory_format, channels):
+    model = seeded(lambda: Net(VIEWS[kind], conv=nn.Conv2d(channels, 6, 3), fc=nn.Linear(channels, 3)))
+    x = image(2, c=channels).contiguous(memory_format=memory_format)
+    kept, fast = x.clone(), check(model, x)
+    with torch.no_grad():
+        for chosen in range(len(fast(x))):
+            outputs = fast(x)
+            others = [output.clone() for output in outputs]
+            outputs[chosen].fill_(7)
+            others[chosen].fill_(7)
+            assert torch.equal(x, kept)
+            assert all(map(torch.equal, outputs, others))
+    check(model, x, fast=fast)
+
+
 BATCHES = {
     "squeeze": lambda s, x: s.conv(x).mean((2, 3), keepdim=True).squeeze(),
     "squeeze and sum": lambda s, x: s.conv(x).mean((2, 3), keepdim=True).squeeze().sum(0),

@@ -1,6 +1,7 @@
 """torch.compile(model, backend="mobilenet_fast")."""
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -272,3 +273,41 @@ def test_other_weights_take_no_other_capture(buffer, monkeypatch):
         state = torch.tanh(model.cell(x) + state)
         torch.testing.assert_close(fast(x), state)
     assert len(captures) <= 2
+
+
+@torch.no_grad()
+def test_statistics_of_a_training_forward():
+    """Batch norm writes its running statistics without PyTorch counting it."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)).eval()
+    fast, x = compiled(model), torch.randn(4, 3, 8, 8) + 2
+    fast(x)
+    for runs in (model, fast):
+        model.train()
+        runs(x)
+        model.eval()
+        torch.testing.assert_close(fast(x), model(x))
+
+
+@torch.no_grad()
+def test_calls_from_several_threads():
+    """One thread captures while others trace."""
+    model = create_model("mobilenet_v3_small").eval()
+    fast, inputs = compiled(model), [torch.randn(n, 3, 64, 64) for n in (1, 2)]
+    expected = [model(x) for x in inputs]
+    failures = []
+
+    def run(order):
+        try:
+            with torch.no_grad():
+                for i in order:
+                    torch.testing.assert_close(fast(inputs[i]), expected[i], rtol=1e-3, atol=1e-4)
+        except BaseException as error:
+            failures.append(error)
+
+    fast(inputs[1])
+    threads = [threading.Thread(target=run, args=(order,)) for order in ((0, 1, 1, 0), (1, 0, 0), (0, 0, 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

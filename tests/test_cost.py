@@ -81,6 +81,14 @@ def test_layers_add_up():
     ]
 
 
+def test_tied_parameters_count_once():
+    a, b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    b.weight = a.weight
+    found = cost.count(nn.Sequential(a, b), (1, 8))
+    assert (found.parameters, found.macs) == (64, 128)
+    assert a.weight is b.weight and a.weight.device.type == "cpu"
+
+
 def test_shared_parameters_and_residuals_count_once():
     class Twice(nn.Module):
         def __init__(self):

@@ -147,6 +147,7 @@ def test_out_indices():
         ("mobilenet_v2", {"out_indices": (5,)}, ValueError, r"out_indices must be from 0 to 4, got \(5,\)"),
         ("xception", {"out_indices": (0, -1)}, ValueError, r"out_indices must be from 0 to 4, got \(0, -1\)"),
         ("mobilenet_v2", {"out_indices": ("a",)}, ValueError, r"out_indices must be from 0 to 4, got \('a',\)"),
+        ("mobilenet_v2", {"out_indices": (1.0,)}, ValueError, r"out_indices must be from 0 to 4, got \(1.0,\)"),
         ("mobilenet_v2", {"out_indices": ()}, ValueError, r"out_indices must be from 0 to 4, got \(\)"),
         ("mobilenet_v3_large", {"dilated": True, "out_indices": (4,)}, ValueError, r"out_indices must be from 0 to 3"),
         ("mobilenet_v2", {"out_indices": 3}, TypeError, "out_indices must be a tuple of integers or None, got 3"),

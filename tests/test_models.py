@@ -362,6 +362,48 @@ def test_wrong_numbers_say_what_is_wrong(name, kwargs, said):
         models.create_model(name, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "call, error, said",
+    [
+        (
+            lambda: models.mobilenet_v2(width_mult="1"),
+            TypeError,
+            "make_divisible: the number of channels must be a num",
+        ),
+        (lambda: models.mobilenet_v1(resolution_mult="a"), TypeError, "mobilenet_v1: resolution_mult must be a number"),
+        (
+            lambda: models.mobilenet_v1(resolution_mult=math.inf),
+            ValueError,
+            "mobilenet_v1: resolution_mult must be pos",
+        ),
+        (
+            lambda: models.mobilenet_v3_large(hardswish_from="x"),
+            TypeError,
+            "mobilenet_v3: hardswish_from must be a num",
+        ),
+        (
+            lambda: models.efficientnet(depth=math.inf),
+            ValueError,
+            "efficientnet: depth and resolution must be positive",
+        ),
+        (lambda: models.create_model(["x"]), TypeError, "create_model: name must be a string, got list"),
+        (lambda: models.list_weights(3), TypeError, "list_weights: name must be a string, got int"),
+        (
+            lambda: models.mobilenet_v2({"a": np.ones(3)}),
+            TypeError,
+            "weights must be tensors by name, got a ndarray fo",
+        ),
+        (lambda: cost.count("x", (1, 3, 8, 8)), TypeError, "count: model must be a module, got str"),
+        (lambda: cost.count(nn.ReLU(), (True, 3)), ValueError, "count: input_size must be positive integers"),
+        (lambda: cost.scale_to_budget(macs="a"), TypeError, "scale_to_budget: macs must be a number, got str"),
+        (lambda: cost.scale_to_budget(latency_ms=5, threads=0), ValueError, "scale_to_budget: threads must be an int"),
+    ],
+)
+def test_arguments_of_other_types_say_what_is_wrong(call, error, said):
+    with pytest.raises(error, match=f"^{said}"):
+        call()
+
+
 def test_weights_of_another_kind():
     with pytest.raises(TypeError, match="^weights must be a state_dict, the path of one, or a name, got a list$"):
         models.mobilenet_v2([1])

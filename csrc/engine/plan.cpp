@@ -251,14 +251,16 @@ void Plan::run_aten(const AtenStep& step, bool contiguous, std::vector<at::Tenso
   int64_t elements = 0;  // of the results
   for (int64_t value : step.outputs) elements += value < 0 ? 0 : c10::multiply_integers(values_[value].shape);
   std::vector<at::Tensor> borrowed;  // views of arena memory, which a result must not outlive
+  std::vector<at::Tensor> others;    // what belongs to somebody else: inputs, constants, values before
   const auto get = [&](int64_t value) {
     at::Tensor tensor = tensor_of(value, tensors, buffers);
-    if (!tensors[value].defined()) borrowed.push_back(tensor);
+    (tensors[value].defined() ? others : borrowed).push_back(tensor);
     return step.returned && contiguous && tensor.numel() < elements ? tensor.contiguous() : tensor;
   };
   for (const AtenArgument& argument : step.arguments) {
     if (argument.kind == AtenArgument::kConstant) {
       stack.push_back(argument.constant);
+      if (argument.constant.isTensor()) others.push_back(argument.constant.toTensor());
     } else if (argument.kind == AtenArgument::kValue) {
       stack.push_back(get(argument.values[0]));
     } else if (argument.kind == AtenArgument::kValues) {
@@ -288,11 +290,12 @@ void Plan::run_aten(const AtenStep& step, bool contiguous, std::vector<at::Tenso
     const int64_t value = step.outputs[i];
     if (value < 0) continue;
     at::Tensor result = results[i];
-    for (const at::Tensor& view : borrowed) {
-      if (result.is_alias_of(view)) {
-        result = result.clone();
-        break;
-      }
+    const bool is_output = std::find(outputs_.begin(), outputs_.end(), value) != outputs_.end();
+    const auto is_shared = [&](const at::Tensor& tensor) { return tensor.defined() && result.is_alias_of(tensor); };
+    if (std::any_of(borrowed.begin(), borrowed.end(), is_shared) ||
+        (is_output && (std::any_of(others.begin(), others.end(), is_shared) ||
+                       std::any_of(results.begin(), results.begin() + static_cast<int64_t>(i), is_shared)))) {
+      result = result.clone();
     }
     const bool stays = step.returned && result.dim() == 4 && result.is_non_overlapping_and_dense();
     if (result.scalar_type() == dtype_ && !stays) {

@@ -99,7 +99,8 @@ class Plan {
   void run_parts(const Segment& segment, const std::vector<Buffer>& buffers, Arena& arena, double* seconds) const;
   void locate_part(int64_t part, int64_t parts, const std::vector<Buffer>& whole, char* memory,
                    std::vector<Buffer>& buffers) const;
-  // A step whose results are returned gets images `contiguous` if results should be so, where those are larger.
+  // Results that are outputs of the plan share no memory with an argument, nor with one another. A step whose results
+  // are returned gets images `contiguous` if results should be so, where those are larger.
   void run_aten(const AtenStep& step, bool contiguous, std::vector<at::Tensor>& tensors,
                 std::vector<Buffer>& buffers) const;
   at::Tensor tensor_of(int64_t value, const std::vector<at::Tensor>& tensors, const std::vector<Buffer>& buffers) const;

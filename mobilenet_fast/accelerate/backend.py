@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .. import reference
+from .. import _C, reference
 from ..messages import first_line
 from .module import AcceleratedModule
 
@@ -159,18 +159,29 @@ class _Form:
         self.fast, self.weights = fast, weights
         self.counting = [weight for weight in weights if not weight.is_inference()]  # how often they were written to
         self.versions = self.current_versions()
+        # Batch norm in training writes to its statistics without counting it.
+        self.statistics = [w for w in weights if _may_be_statistics(w)]
+        self.statistics_then = [statistic.clone() for statistic in self.statistics]
 
     def is_of(self, weights: list[Tensor]) -> bool:
         return all(map(is_, self.weights, weights))
 
     def has(self, weights: list[Tensor]) -> bool:
-        return self.is_of(weights) and self.versions == self.current_versions()
+        return (
+            self.is_of(weights)
+            and self.versions == self.current_versions()
+            and _C.hold_the_same(self.statistics, self.statistics_then)
+        )
 
     def resembles(self, other: _Form) -> bool:
         return all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(self.weights, other.weights, strict=True))
 
     def current_versions(self) -> list[int]:
         return [weight._version for weight in self.counting]
+
+
+def _may_be_statistics(weight: Tensor) -> bool:
+    return type(weight) is Tensor and weight.dim() == 1 and weight.is_floating_point() and weight.is_contiguous()
 
 
 class _WithWeights(nn.Module):

@@ -6,14 +6,15 @@ from .graph import Graph, Node
 from .passes import is_depthwise, is_pointwise, only_user
 
 
-def fuse_blocks(graph: Graph, cache_bytes: int) -> None:
+def fuse_blocks(graph: Graph, least_bytes: int, most_rows_bytes: int) -> None:
     """Expand → depthwise → project where the expanded tensor would leave the cache between the layers.
 
-    ``cache_bytes`` is the L2 cache of a core. On smaller maps the layers stay apart: there each thread takes a part of
-    the channels, and with them of the weights, while in a fused block each reads all weights for its rows, and computes
-    the rows at which threads meet twice. (Half of the cache as the limit was 2–4 % slower on two threads.) Nor are
-    layers fused where the expanded rows that the filter meets at a time do not stay in the cache, as they do not in
-    dilated convolutions of many channels: 960 channels on 33² with 5 × 5 taps two apart took 1.6 times as long fused.
+    ``least_bytes``, of the expanded tensor, is the L2 cache of a core. On smaller maps the layers stay apart: there
+    each thread takes a part of the channels, and with them of the weights, while in a fused block each reads all
+    weights for its rows, and computes the rows at which threads meet twice. (Half of the cache as the limit was 2–4
+    % slower on two threads.) Nor are layers fused where the expanded rows that the filter meets at a time take more
+    than ``most_rows_bytes`` and do not stay in the cache, as in dilated convolutions of many channels: 960 channels
+    on 33² with 5 × 5 taps two apart took 1.6 times as long fused.
     """
     users = graph.users()
     for depthwise in graph.matches(is_depthwise):
@@ -27,9 +28,9 @@ def fuse_blocks(graph: Graph, cache_bytes: int) -> None:
         hidden = depthwise.inputs[0]
         n, c, h, w = hidden.shape
         reach = (depthwise.attrs["kernel"][0] - 1) * depthwise.attrs["dilation"][0] + 1
-        if expand is not None and reach * c * w * hidden.dtype.itemsize > 3 * cache_bytes // 4:
+        if expand is not None and reach * c * w * hidden.dtype.itemsize > most_rows_bytes:
             expand = None
-        if (expand is None and project is None) or c * h * w * hidden.dtype.itemsize < cache_bytes:
+        if (expand is None and project is None) or c * h * w * hidden.dtype.itemsize < least_bytes:
             continue
         last = project or depthwise
         x = expand.inputs[0] if expand is not None else hidden

@@ -27,7 +27,7 @@ _MAX_PLANS = 64
 _GLOBAL_HOOKS = tuple(
     vars(nn_module)[f"_global_{when}_hooks"] for when in ("forward", "forward_pre", "backward", "backward_pre")
 )
-_capture_lock = threading.RLock()  # torch.export runs once at a time in a process
+_own_lock = threading.RLock()
 
 
 @dataclass
@@ -154,7 +154,7 @@ class AcceleratedModule(nn.Module):
         if not known:
             # What torch.compile made of a part reads the memory of its inputs, which those of a capture do not have.
             try:
-                with _capture_lock, torch.compiler.set_stance("force_eager"):
+                with _capture_lock(), torch.compiler.set_stance("force_eager"):
                     capture = _capture(_frozen_copy(self._model), args, kwargs)
             except ValueError as error:
                 raise ValueError(mismatch or str(error)) from error
@@ -405,6 +405,15 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
     except Exception as error:
         what, why = type(model).__name__, first_line(error).removeprefix("accelerate: ")
         raise NotImplementedError(f"accelerate: {what} cannot be captured: {why}") from error
+
+
+def _capture_lock() -> threading.RLock:
+    """torch.export runs once at a time in a process, and not while Dynamo traces in another thread, which would take
+    what it traces for exported.
+    """
+    from torch._dynamo import convert_frame  # which torch.export imports anyway, and takes a second
+
+    return getattr(convert_frame, "compile_lock", _own_lock)
 
 
 def _is_traced() -> bool:

@@ -179,8 +179,9 @@ class _Value:
 
 
 def build(graph: Graph, packed: PackedWeights, isa: str) -> Plan:
-    fuse_blocks(graph, _C.l2_cache_bytes())
-    split_batch(graph, runs_here, _C.l2_cache_bytes(), torch.get_num_threads())
+    cache = _C.l2_cache_bytes()
+    fuse_blocks(graph, cache, 3 * cache // 4)
+    split_batch(graph, runs_here, cache, torch.get_num_threads())
     return _Builder(graph, packed, isa).build()
 
 
@@ -380,7 +381,9 @@ class _Builder:
         source, target = self.ids[output], torch.ops.aten.clone.default
 
         def emit(engine: _C.Plan) -> None:
-            engine.add_aten(target._schema.name, target._schema.overload_name, [_C.ValueRef(source), None], [copied])
+            engine.add_aten(
+                target._schema.name, target._schema.overload_name, [_C.ValueRef(source), None], [copied], False
+            )
 
         copy = Node("copy", [output], output.shape, output.dtype, name=output.name, parts=output.parts)
         self.step(copy, "copy", "an output that is also read in another shape", [source], [copied], emit)

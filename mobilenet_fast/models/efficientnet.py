@@ -134,7 +134,7 @@ class EfficientNet(nn.Module):
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
         same_padding: bool = False,
     ) -> None:
-        if not (depth > 0 and resolution > 0 and 0 <= stochastic_depth < 1):
+        if not (0 < depth < math.inf and 0 < resolution < math.inf and 0 <= stochastic_depth < 1):
             raise ValueError(
                 "efficientnet: depth and resolution must be positive, stochastic_depth at least 0 and less than 1, got "
                 f"{depth}, {resolution}, {stochastic_depth}"

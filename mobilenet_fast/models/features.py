@@ -69,7 +69,7 @@ class FeatureMaps(nn.Module):
         if not isinstance(out_indices, Sequence):
             raise TypeError(f"{self.name}: out_indices must be a tuple of integers or None, got {out_indices!r}")
         self.out_indices = tuple(out_indices)
-        if not self.out_indices or not all(i in range(len(stages)) for i in self.out_indices):
+        if not self.out_indices or not all(isinstance(i, int) and i in range(len(stages)) for i in self.out_indices):
             raise ValueError(f"{self.name}: out_indices must be from 0 to {len(stages) - 1}, got {self.out_indices}")
         stages = stages[: max(self.out_indices) + 1]
         _keep(network, [name for stage in stages for name in stage])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import numbers
 
 from torch import nn
 
@@ -54,10 +56,12 @@ def mobilenet_v1(
             ``resolution_mult`` is not positive.
         RuntimeError: ``weights`` are another model's.
     """
-    if not resolution_mult > 0:
+    if not isinstance(resolution_mult, numbers.Real):
+        raise TypeError(f"mobilenet_v1: resolution_mult must be a number, got {type(resolution_mult).__name__}")
+    if not 0 < resolution_mult < math.inf:
         raise ValueError(f"mobilenet_v1: resolution_mult must be positive, got {resolution_mult}")
     model = MobileNetV1(num_classes, in_chans, width_mult, activation, dropout, same_padding)
-    model.resolution = round(224 * resolution_mult)
+    model.resolution = max(1, round(224 * resolution_mult))
     return load_weights(model, weights)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -165,6 +166,8 @@ class MobileNetV3(nn.Module):
                 raise ValueError(f"mobilenet_v3: minimalistic has no hardswish, got hardswish_from={hardswish_from}")
             blocks = [block._replace(kernel_size=3, squeezes=False) for block in blocks]
             hardswish_from = math.inf
+        elif not isinstance(hardswish_from, (numbers.Real, type(None))):
+            raise TypeError(f"mobilenet_v3: hardswish_from must be a number, got {type(hardswish_from).__name__}")
 
         def activation(out_channels: int, default: str = "hardswish") -> str:
             """Of a layer with so many channels in the paper's table, and this activation there."""

@@ -65,8 +65,11 @@ def list_weights(name: str, same_padding: bool = False) -> list[str]:
         same_padding: the names that the model takes with that.
 
     Raises:
+        TypeError: ``name`` is no string.
         ValueError: there is no such model.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"list_weights: name must be a string, got {type(name).__name__}")
     if name not in _BUILDERS:
         raise ValueError(f"list_weights: {no_such('model', name, list_models())}")
     return list(getattr(_BUILDERS[name], "weights", ({}, {}))[same_padding])
@@ -82,8 +85,11 @@ def create_model(name: str, **kwargs) -> nn.Module:
             place. ``weights`` are those of the whole model then, too.
 
     Raises:
+        TypeError: ``name`` is no string.
         ValueError: there is no such model, or it has no map of such an index.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"create_model: name must be a string, got {type(name).__name__}")
     if name not in _BUILDERS:
         raise ValueError(f"create_model: {no_such('model', name, list_models())}")
     return _BUILDERS[name](**kwargs)
@@ -144,6 +150,10 @@ def load_weights(
     if not isinstance(weights, (str, os.PathLike, Mapping)):
         raise TypeError(f"weights must be a state_dict, the path of one, or a name, got a {type(weights).__name__}")
     if isinstance(weights, Mapping):
+        wrong = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
+        if wrong is not None:
+            got = type(weights[wrong]).__name__
+            raise TypeError(f"weights must be tensors by name, got a {got} for {wrong!r}")
         state = weights
     elif os.path.isfile(weights):
         state = _read_state_dict(weights)

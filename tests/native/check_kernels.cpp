@@ -76,8 +76,8 @@ void check_gemm(const Kernels<T>& k, int64_t rows, int64_t chunks, int64_t chunk
   }
   std::vector<int64_t> offsets;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) offsets.push_back(chunk * chunk_length);
-  k.gemm({a.data(), depth, rows, offsets.data(), chunks, chunk_length, packed.data(), bias.data(), columns, 0, panels,
-          r.data(), columns, y.data(), columns, rows_per_block, activation});
+  k.gemm({a.data(), depth, rows, offsets.data(), chunks, chunk_length, packed.data(), bias.data(), 0, 0, columns, 0,
+          panels, r.data(), columns, y.data(), columns, rows_per_block, activation});
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < columns; ++n) {
       double sum = bias[n] + static_cast<double>(r[m * columns + n]);

@@ -1,0 +1,251 @@
+"""What the compiler makes of the Triton kernels, without a GPU: ``python -m benchmarks.triton_offline``.
+
+Launches are recorded instead of made, with the tiles that `mobilenet_fast.triton_kernels.tiles` chooses for layers of
+the family, and compiled to machine code. The table shows what a kernel's speed depends on and a compiler can say:
+registers, spills, shared memory, how many warps a multiprocessor holds, and the widest loads and stores of global
+memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from mobilenet_fast import triton_kernels
+
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+# Of a program: shared memory in bytes, by compute capability.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel: its arguments and options, by name."""
+
+    kernel: JITFunction
+    arguments: dict
+    options: dict
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__module__.rpartition(".")[2] + self.kernel.__name__
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel on one chip. Loads and stores are of global memory, in bytes a thread: the widest of them."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    warps: int
+    load_bytes: int
+    store_bytes: int
+
+    @property
+    def resident_warps(self) -> int:
+        """Warps that a multiprocessor of 64 Ki registers holds, at most 64, as far as registers go."""
+        programs = 65536 // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        return min(64, programs * self.warps)
+
+
+def record(call: Callable[[], object]) -> list[Launch]:
+    """The launches that a call of launchers would make."""
+    launches: list[Launch] = []
+
+    def launcher(kernel: JITFunction, grid: object) -> Callable[..., None]:
+        def run(*args: object, **kwargs: object) -> None:
+            given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+            arguments = {name: given.pop(name) for name in kernel.arg_names}
+            launches.append(Launch(kernel, arguments, given))
+
+        return run
+
+    with mock.patch.object(JITFunction, "__getitem__", launcher):
+        call()
+    return launches
+
+
+def compile_for(launch: Launch, capability: int) -> Resources:
+    """Compiles the launch as Triton's runtime would specialise it for these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments.values(), strict=True)):
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[parameter.name] = "*" + DTYPES[value.dtype] if is_tensor else "i32"
+        if is_tensor or value % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+    ptx = compiled.asm["ptx"]
+    return Resources(
+        registers,
+        stack + local,
+        compiled.metadata.shared,
+        compiled.metadata.num_warps,
+        _widest(ptx, "ld"),
+        _widest(ptx, "st"),
+    )
+
+
+def _widest(ptx: str, kind: str) -> int:
+    sizes = [0]
+    for match in re.finditer(
+        rf"\b{kind}\.global((?:\.\w+)*)|\bcp\.async\.\w+\.shared\.global \[[^;]*?, (0x\w+|\d+)", ptx
+    ):
+        if match[1] is None:
+            sizes.append(int(match[2], 0) if kind == "ld" else 0)
+            continue
+        count = re.search(r"\.v(\d)", match[1])
+        sizes.append(int(count[1] if count else 1) * int(re.search(r"\.[bfus](\d+)$", match[1])[1]) // 8)
+    return max(sizes)
+
+
+def layers(dtype: torch.dtype, channels_last: bool, full: bool = True) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Layers of the family, and calls of their launchers on tensors that are nowhere."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def image(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype).to(memory_format=memory_format)
+
+    def vector(*shape: int, wide: bool = False) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32 if wide and dtype.itemsize < 4 else dtype)
+
+    for c, size, k, s in (
+        (16, 112, 3, 1),
+        (24, 56, 3, 1),
+        (72, 56, 5, 2),
+        (240, 14, 3, 1),
+        (672, 14, 5, 1),
+        (960, 7, 5, 1),
+    ):
+        if not full and (c, k) not in ((24, 3), (672, 5)):
+            continue
+        x, w, y = image(32, c, size, size), vector(c, 1, k, k), image(32, c, -(-size // s), -(-size // s))
+        geometry = (s, s), (k // 2, k // 2), (1, 1)
+        label = f"{c} × {size}², {k} × {k}, stride {s}"
+        yield (
+            label,
+            lambda x=x, w=w, g=geometry: triton_kernels.depthwise_conv2d(
+                x, w, vector(w.shape[0]), *g, "hardswish", with_sums=True
+            ),
+        )
+        yield label, lambda x=x, w=w, y=y, g=geometry: triton_kernels.depthwise_conv2d_backward(y, x, w, *g)
+    for c, k, size in ((16, 64, 112), (72, 24, 56), (40, 240, 28), (672, 112, 14), (960, 160, 7)):
+        if not full and (c, k) not in ((72, 24), (672, 112)):
+            continue
+        x, w, y = image(32, c, size, size), vector(k, c, 1, 1), image(32, k, size, size)
+        yield (
+            f"{c} → {k} × {size}²",
+            lambda x=x, w=w, y=y: triton_kernels.pointwise_conv2d(
+                x, w, vector(w.shape[0]), "none", vector(32, w.shape[1], 1, 1), y
+            ),
+        )
+    for c, size in ((16, 112), (72, 56), (960, 7)) if full else ((72, 56),):
+        x, v = image(32, c, size, size), vector(c, wide=True)
+        label = f"{c} × {size}²"
+        yield label, lambda x=x, v=v: triton_kernels.batch_norm_act(x, v, v, v, v, 1e-3, "hardswish")
+        yield label, lambda x=x, v=v: triton_kernels.batch_norm_act_training(x, v, v, v, v, 0.1, 1e-3, "hardswish")
+        yield label, lambda x=x, v=v: triton_kernels.batch_norm_act_backward(x, x, v, v, v, v, "hardswish")
+        w = vector(c // 4, c, 1, 1)
+        yield label, lambda x=x, w=w: triton_kernels.squeeze_excite(x, w, None, w.reshape(-1, len(w), 1, 1), None)
+    if channels_last:
+        for c, e, k, size, kernel, s in ((16, 64, 24, 112, 3, 2), (24, 72, 24, 56, 3, 1), (40, 120, 40, 28, 5, 1)):
+            if not full and c != 24:
+                continue
+            x, out, hidden = image(32, c, size, size), size // s, image(32, e, size // s, size // s)
+            expand, project = (vector(e, c, 1, 1), vector(e)), (vector(k, e, 1, 1), vector(k))
+            depthwise, y = (vector(e, 1, kernel, kernel), vector(e)), image(32, k, out, out)
+            rest = (s, s), (kernel // 2, kernel // 2), (1, 1), ("relu6", "relu6", "none")
+            label = f"{c} → {e} → {k} × {size}², {kernel} × {kernel}, stride {s}"
+            yield (
+                label,
+                lambda a=(x, expand, depthwise, None, *rest), y=hidden: triton_kernels.inverted_residual(
+                    *a, out=y, with_sums=True
+                ),
+            )
+            wide = image(32, e, size, size)
+            yield (
+                label,
+                lambda a=(wide, None, depthwise, project, *rest), y=y: triton_kernels.inverted_residual(*a, out=y),
+            )
+            yield (
+                label,
+                lambda a=(x, expand, depthwise, project, *rest), y=y: triton_kernels.inverted_residual(*a, out=y),
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", type=int, nargs="*", default=[80, 90, 100])
+    parser.add_argument("--dtype", nargs="*", default=list(DTYPES.values()), choices=list(DTYPES.values()))
+    parser.add_argument("--output", type=Path, default=Path("docs/triton.md"))
+    options = parser.parse_args()
+    head = (
+        "kernel",
+        "layer, batch 32",
+        "dtype",
+        "layout",
+        "sm",
+        "registers",
+        "spilled",
+        "shared",
+        "warps",
+        "load",
+        "store",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    failures = collections.Counter()
+    for dtype, name in DTYPES.items():
+        for channels_last in (True, False):
+            for label, call in layers(dtype, channels_last) if name in options.dtype else ():
+                for launch in record(call):
+                    for capability in options.capability:
+                        r = compile_for(launch, capability)
+                        failures["spills"] += r.spilled_bytes > 0
+                        failures["too much shared memory"] += r.shared_bytes > SHARED_LIMIT[capability]
+                        layout = "channels_last" if channels_last else "contiguous"
+                        cells = (
+                            launch.name,
+                            label,
+                            name,
+                            layout,
+                            capability,
+                            r.registers,
+                            r.spilled_bytes,
+                            r.shared_bytes,
+                        )
+                        cells += (r.resident_warps, r.load_bytes, r.store_bytes)
+                        lines.append("| " + " | ".join(map(str, cells)) + " |")
+                        print(lines[-1], flush=True)
+    text = __doc__.partition("\n\n")[2]
+    found = ", ".join(f"{count} × {what}" for what, count in failures.items() if count) or "no spills"
+    body = "\n".join(lines)
+    made = f"No GPU has run them yet. Made by `python -m benchmarks.triton_offline`, triton {triton.__version__}."
+    units = f"Bytes, but for registers and warps. In all: {found}."
+    options.output.write_text(f"# Triton kernels as compiled\n\n{made}\n\n{text}\n{units}\n\n{body}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Triton kernels of the operations, for CUDA. One file an operation: kernels, then the functions that launch them.
+
+They take what `mobilenet_fast.functional` has checked, and run as well on CPU tensors in Triton's interpreter
+(``TRITON_INTERPRET=1``), which is how tests without a GPU hold them to the reference.
+"""
+
+from __future__ import annotations
+
+from .batch_norm_act import batch_norm_act, batch_norm_act_backward, batch_norm_act_training
+from .depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_backward
+from .inverted_residual import inverted_residual
+from .pointwise_conv2d import pointwise_conv2d
+from .squeeze_excite import apply_gate, squeeze_excite, squeeze_excite_gate, sum_pixels
+
+__all__ = [
+    "apply_gate",
+    "batch_norm_act",
+    "batch_norm_act_backward",
+    "batch_norm_act_training",
+    "depthwise_conv2d",
+    "depthwise_conv2d_backward",
+    "inverted_residual",
+    "pointwise_conv2d",
+    "squeeze_excite",
+    "squeeze_excite_gate",
+    "sum_pixels",
+]

@@ -1,0 +1,424 @@
+"""Depthwise convolution, forward and backward.
+
+A program takes ``ROWS`` output rows × ``BLOCK_W`` columns × ``BLOCK_C`` channels of an image. For each column of the
+filter it loads the input rows that its output rows need, one after another, and adds each to all sums that it belongs
+to: of a K×K filter, R rows of outputs load (R + K - 1)·K tiles instead of R·K·K. The sums stay in registers, in
+float32 (float64 for float64). Channels are the tile's inner dimension where they lie together in memory
+(channels_last), columns are where those do (contiguous); the compiler makes a kernel of each.
+
+The gradients of input and weight share one kernel. With stride S, input pixels fall into S·S classes by what is left of
+their coordinates, and those of a class meet the same taps of the filter: for them the gradient is a convolution of
+stride 1 with these taps, and the weight's gradient sums products of the same two tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .activations import activate
+from .common import (
+    accumulator,
+    arrange,
+    is_channels_last,
+    multiple,
+    on_device,
+    output_format,
+    strides,
+    vector_of,
+)
+from .tiles import chip_of, depthwise_backward_tile, depthwise_tile
+
+
+@triton.constexpr_function
+def reaches(dy, rows, stride, dilation, taps):
+    """Whether the input row ``dy`` rows below an output's first meets a tap of one of so many output rows."""
+    return any(row * stride + ky * dilation == dy for row in range(rows) for ky in range(taps))
+
+
+@triton.constexpr_function
+def _reaches_back(dy, offset, rows, stride, dilation, taps):
+    """The same of an output row and the input rows that lie ``offset`` rows below."""
+    return any((dy - row) * stride == offset - ky * dilation for row in range(rows) for ky in range(taps))
+
+
+@triton.jit
+def add_to(sums, INDEX: tl.constexpr, value):
+    """The tuple with ``value`` added to one of its elements."""
+    return sums[:INDEX] + (sums[INDEX] + value,) + sums[INDEX + 1 :]
+
+
+@triton.jit
+def _forward(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    y_ptr,
+    sums_ptr,
+    height,
+    width,
+    out_height,
+    out_width,
+    out_channels,
+    x_image_stride,
+    x_channel_stride,
+    x_row_stride,
+    x_column_stride,
+    y_image_stride,
+    y_channel_stride,
+    y_row_stride,
+    y_column_stride,
+    weight_channel_stride,
+    weight_row_stride,
+    weight_column_stride,
+    MULTIPLIER: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    ACC: tl.constexpr = accumulator(y_ptr.dtype.element_ty)
+    x_image_stride = multiple(x_image_stride, VECTOR)
+    x_row_stride = multiple(x_row_stride, VECTOR)
+    y_image_stride = multiple(y_image_stride, VECTOR)
+    y_row_stride = multiple(y_row_stride, VECTOR)
+    if CHANNELS_LAST:
+        out_channels = multiple(out_channels, VECTOR)
+        x_column_stride = multiple(x_column_stride, VECTOR)
+        y_column_stride = multiple(y_column_stride, VECTOR)
+    else:
+        out_width = multiple(out_width, VECTOR)
+        x_channel_stride = multiple(x_channel_stride, VECTOR)
+        y_channel_stride = multiple(y_channel_stride, VECTOR)
+
+    channel_blocks = tl.cdiv(out_channels, BLOCK_C)
+    column_blocks = tl.cdiv(out_width, BLOCK_W)
+    strips = tl.cdiv(out_height, ROWS)
+    program = tl.program_id(0)
+    channel = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    program //= channel_blocks
+    part = program % (column_blocks * strips)
+    column = part % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+    first_row = part // column_blocks * ROWS
+    image = tl.cast(program // (column_blocks * strips), tl.int64)
+    channels_here = channel < out_channels
+    here = (column < out_width)[:, None] & channels_here[None, :]
+
+    x_ptr += image * x_image_stride
+    x_channel = (channel // MULTIPLIER)[None, :] * x_channel_stride
+    filter_ptr = weight_ptr + channel * weight_channel_stride
+    totals = ()
+    for _ in tl.static_range(ROWS):
+        totals += (tl.zeros([BLOCK_W, BLOCK_C], ACC),)
+    for kx in tl.static_range(KERNEL_W):
+        taps = ()
+        for ky in tl.static_range(KERNEL_H):
+            tap = tl.load(filter_ptr + ky * weight_row_stride + kx * weight_column_stride, channels_here, 0.0)
+            taps += (tap.to(ACC)[None, :],)
+        x_column = column * STRIDE_W + (kx * DILATION_W - PADDING_W)
+        columns_inside = here & ((x_column >= 0) & (x_column < width))[:, None]
+        x_offset = x_column[:, None] * x_column_stride + x_channel
+        for dy in tl.static_range((ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1):
+            if reaches(dy, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
+                x_row = first_row * STRIDE_H + (dy - PADDING_H)
+                inside = columns_inside & (x_row >= 0) & (x_row < height)
+                x = tl.load(x_ptr + tl.cast(x_row, tl.int64) * x_row_stride + x_offset, inside, 0.0).to(ACC)
+                for row in tl.static_range(ROWS):
+                    for ky in tl.static_range(KERNEL_H):
+                        if row * STRIDE_H + ky * DILATION_H == dy:
+                            totals = add_to(totals, row, x * taps[ky])
+
+    y_ptr += image * y_image_stride
+    y_offset = column[:, None] * y_column_stride + channel[None, :] * y_channel_stride
+    sums = tl.zeros([BLOCK_C], ACC)
+    for row in tl.static_range(ROWS):
+        y = totals[row]
+        if scale_ptr is not None:
+            y *= tl.load(scale_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
+        y = activate(y, ACTIVATION)
+        y_row = first_row + row
+        inside = here & (y_row < out_height)
+        tl.store(y_ptr + tl.cast(y_row, tl.int64) * y_row_stride + y_offset, y.to(y_ptr.dtype.element_ty), inside)
+        if sums_ptr is not None:
+            sums += tl.sum(tl.where(inside, y, 0.0), 0)
+    if sums_ptr is not None:
+        sums_ptr += (image * (column_blocks * strips) + part) * out_channels
+        tl.store(sums_ptr + channel, sums, channels_here)
+
+
+@triton.jit
+def _backward(
+    x_ptr,
+    weight_ptr,
+    grad_y_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    images,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    x_image_stride,
+    x_channel_stride,
+    x_row_stride,
+    x_column_stride,
+    y_image_stride,
+    y_channel_stride,
+    y_row_stride,
+    y_column_stride,
+    grad_x_image_stride,
+    grad_x_channel_stride,
+    grad_x_row_stride,
+    grad_x_column_stride,
+    weight_channel_stride,
+    weight_row_stride,
+    weight_column_stride,
+    MULTIPLIER: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Gradients of input and weight, each if there is a pointer for it. ``partial_ptr``: (parts, M, kH, kW, C)."""
+    ACC: tl.constexpr = accumulator(grad_y_ptr.dtype.element_ty)
+    y_image_stride = multiple(y_image_stride, VECTOR)
+    y_row_stride = multiple(y_row_stride, VECTOR)
+    x_image_stride = multiple(x_image_stride, VECTOR)
+    x_row_stride = multiple(x_row_stride, VECTOR)
+    grad_x_image_stride = multiple(grad_x_image_stride, VECTOR)
+    grad_x_row_stride = multiple(grad_x_row_stride, VECTOR)
+    if CHANNELS_LAST:
+        channels = multiple(channels, VECTOR)
+        x_column_stride = multiple(x_column_stride, VECTOR)
+        y_column_stride = multiple(y_column_stride, VECTOR)
+        grad_x_column_stride = multiple(grad_x_column_stride, VECTOR)
+    else:
+        width = multiple(width, VECTOR)
+        x_channel_stride = multiple(x_channel_stride, VECTOR)
+        y_channel_stride = multiple(y_channel_stride, VECTOR)
+        grad_x_channel_stride = multiple(grad_x_channel_stride, VECTOR)
+
+    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    channels_here = channel < channels
+    part = tl.program_id(0) // channel_blocks
+    parts = tl.num_programs(0) // channel_blocks
+    # Of a class of input pixels: those whose coordinates leave the same rest divided by the stride.
+    column_blocks = tl.cdiv(tl.cdiv(width, STRIDE_W), BLOCK_W)
+    strips = tl.cdiv(tl.cdiv(height, STRIDE_H), ROWS)
+
+    weight_sums = ()
+    if partial_ptr is not None:
+        for _ in tl.static_range(MULTIPLIER * KERNEL_H * KERNEL_W):
+            weight_sums += (tl.zeros([BLOCK_W, BLOCK_C], ACC),)
+    for tile in range(part, images * strips * column_blocks, parts):
+        column = tile % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+        first_row = tile // column_blocks % strips * ROWS
+        image = tl.cast(tile // (column_blocks * strips), tl.int64)
+        for py in tl.static_range(STRIDE_H):
+            for px in tl.static_range(STRIDE_W):
+                x_column = column * STRIDE_W + px
+                columns_here = (x_column < width)[:, None] & channels_here[None, :]
+                xs = ()
+                totals = ()
+                for row in tl.static_range(ROWS):
+                    totals += (tl.zeros([BLOCK_W, BLOCK_C], ACC),)
+                    if partial_ptr is not None:
+                        x_row = (first_row + row) * STRIDE_H + py
+                        pointers = x_ptr + image * x_image_stride + tl.cast(x_row, tl.int64) * x_row_stride
+                        pointers += x_column[:, None] * x_column_stride + channel[None, :] * x_channel_stride
+                        xs += (tl.load(pointers, columns_here & (x_row < height), 0.0).to(ACC),)
+                for m in tl.static_range(MULTIPLIER):
+                    for kx in tl.static_range(KERNEL_W):
+                        if (px + PADDING_W - kx * DILATION_W) % STRIDE_W == 0:
+                            y_column = column + (px + PADDING_W - kx * DILATION_W) // STRIDE_W
+                            columns_inside = (y_column >= 0) & (y_column < out_width)
+                            columns_inside = columns_inside[:, None] & channels_here[None, :]
+                            y_channel = channel * MULTIPLIER + m
+                            y_offset = y_column[:, None] * y_column_stride + y_channel[None, :] * y_channel_stride
+                            taps = ()
+                            for ky in tl.static_range(KERNEL_H):
+                                if grad_x_ptr is not None:
+                                    pointers = weight_ptr + y_channel * weight_channel_stride
+                                    pointers += ky * weight_row_stride + kx * weight_column_stride
+                                    taps += (tl.load(pointers, channels_here, 0.0).to(ACC)[None, :],)
+                            for dy in tl.static_range(
+                                (PADDING_H - (KERNEL_H - 1) * DILATION_H) // STRIDE_H,
+                                (STRIDE_H - 1 + PADDING_H) // STRIDE_H + ROWS,
+                            ):
+                                if _reaches_back(dy, py + PADDING_H, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
+                                    y_row = first_row + dy
+                                    inside = columns_inside & (y_row >= 0) & (y_row < out_height)
+                                    pointers = (
+                                        grad_y_ptr + image * y_image_stride + tl.cast(y_row, tl.int64) * y_row_stride
+                                    )
+                                    grad_y = tl.load(pointers + y_offset, inside, 0.0).to(ACC)
+                                    for row in tl.static_range(ROWS):
+                                        for ky in tl.static_range(KERNEL_H):
+                                            if (dy - row) * STRIDE_H == py + PADDING_H - ky * DILATION_H:
+                                                if grad_x_ptr is not None:
+                                                    totals = add_to(totals, row, grad_y * taps[ky])
+                                                if partial_ptr is not None:
+                                                    weight_sums = add_to(
+                                                        weight_sums,
+                                                        (m * KERNEL_H + ky) * KERNEL_W + kx,
+                                                        grad_y * xs[row],
+                                                    )
+                if grad_x_ptr is not None:
+                    for row in tl.static_range(ROWS):
+                        x_row = (first_row + row) * STRIDE_H + py
+                        pointers = (
+                            grad_x_ptr + image * grad_x_image_stride + tl.cast(x_row, tl.int64) * grad_x_row_stride
+                        )
+                        pointers += x_column[:, None] * grad_x_column_stride + channel[None, :] * grad_x_channel_stride
+                        total = totals[row].to(grad_x_ptr.dtype.element_ty)
+                        tl.store(pointers, total, columns_here & (x_row < height))
+    if partial_ptr is not None:
+        for k in tl.static_range(MULTIPLIER * KERNEL_H * KERNEL_W):
+            pointers = partial_ptr + (part * (MULTIPLIER * KERNEL_H * KERNEL_W) + k) * channels + channel
+            tl.store(pointers, tl.sum(weight_sums[k], 0), channels_here)
+
+
+def depthwise_conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    activation: str = "none",
+    scale: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    with_sums: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`mobilenet_fast.reference.depthwise_conv2d`, whose checks its arguments have passed.
+
+    Args:
+        padding: before the first row and column; with ``out``, whose size says what is behind the last.
+        out: where to write, contiguous or channels_last along its inner dimension.
+        with_sums: whether to return the outputs' sums over (H, W) as well, in parts: (N, parts, C·M).
+    """
+    (kernel_h, kernel_w), (batch, channels, height, width) = weight.shape[2:], input.shape
+    if out is None:
+        out_h = (height + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
+        out_w = (width + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
+        shape = (batch, weight.shape[0], out_h, out_w)
+        out = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=output_format(input, weight))
+    channels_last = is_channels_last(out)
+    input = arrange(input, channels_last)
+    _, out_channels, out_h, out_w = out.shape
+    tile = depthwise_tile(channels_last, input.element_size(), out.shape, (kernel_h, kernel_w), stride)
+    parts = tile.strips(out_h) * tile.blocks(out_w)
+    sums = None
+    if with_sums:
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        sums = torch.empty((batch, parts, out_channels), dtype=dtype, device=input.device)
+    grid = batch * parts * triton.cdiv(out_channels, tile.channels)
+    if grid:
+        with on_device(input):
+            _forward[(grid,)](
+                *(input, weight, scale, bias, out, sums),
+                *(height, width, out_h, out_w, out_channels),
+                *strides(input, channels_last),
+                *strides(out, channels_last),
+                *(weight.stride(0), weight.stride(2), weight.stride(3)),
+                MULTIPLIER=out_channels // channels,
+                KERNEL_H=kernel_h,
+                KERNEL_W=kernel_w,
+                STRIDE_H=stride[0],
+                STRIDE_W=stride[1],
+                PADDING_H=padding[0],
+                PADDING_W=padding[1],
+                DILATION_H=dilation[0],
+                DILATION_W=dilation[1],
+                ACTIVATION=activation,
+                CHANNELS_LAST=channels_last,
+                VECTOR=vector_of(channels_last, input, out),
+                ROWS=tile.rows,
+                BLOCK_W=tile.columns,
+                BLOCK_C=tile.channels,
+                num_warps=tile.warps,
+            )
+    return (out, sums) if with_sums else out
+
+
+def depthwise_conv2d_backward(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    need_input: bool = True,
+    need_weight: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of ``F.conv2d(input, weight, None, stride, padding, dilation, groups=C)`` for those that are needed.
+
+    Weight's is summed in the same order each time, on the same chip.
+    """
+    (kernel_h, kernel_w), (batch, channels, height, width) = weight.shape[2:], input.shape
+    multiplier = weight.shape[0] // channels
+    channels_last = output_format(input, weight) == torch.channels_last
+    grad_output, input = arrange(grad_output, channels_last), arrange(input, channels_last)
+    grad_input = torch.empty_like(input) if need_input else None
+    tile = depthwise_backward_tile(channels_last, input.element_size(), input.shape, (kernel_h, kernel_w), stride)
+    tiles = batch * tile.strips(-(-height // stride[0])) * tile.blocks(-(-width // stride[1]))
+    channel_blocks = triton.cdiv(channels, tile.channels)
+    parts = min(tiles, triton.cdiv(8 * chip_of(input).multiprocessors, channel_blocks)) if need_weight else tiles
+    partial = None
+    if need_weight:
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        partial = torch.empty((parts, multiplier, kernel_h, kernel_w, channels), dtype=dtype, device=input.device)
+    if parts and (need_input or need_weight):
+        with on_device(input):
+            _backward[(parts * channel_blocks,)](
+                *(input, weight, grad_output, grad_input, partial),
+                *(batch, height, width, channels, *grad_output.shape[2:]),
+                *strides(input, channels_last),
+                *strides(grad_output, channels_last),
+                *(strides(grad_input, channels_last) if need_input else (0, 0, 0, 0)),
+                *(weight.stride(0), weight.stride(2), weight.stride(3)),
+                MULTIPLIER=multiplier,
+                KERNEL_H=kernel_h,
+                KERNEL_W=kernel_w,
+                STRIDE_H=stride[0],
+                STRIDE_W=stride[1],
+                PADDING_H=padding[0],
+                PADDING_W=padding[1],
+                DILATION_H=dilation[0],
+                DILATION_W=dilation[1],
+                CHANNELS_LAST=channels_last,
+                VECTOR=vector_of(channels_last, *(t for t in (input, grad_output, grad_input) if t is not None)),
+                ROWS=tile.rows,
+                BLOCK_W=tile.columns,
+                BLOCK_C=tile.channels,
+                num_warps=tile.warps,
+            )
+    if not need_weight:
+        return grad_input, None
+    return grad_input, partial.sum(0).permute(3, 0, 1, 2).reshape(weight.shape).to(weight.dtype)

@@ -1,0 +1,270 @@
+"""A depthwise convolution fused with the pointwise convolution before it, after it, or both, of channels_last images.
+
+The expanded tensor of the large maps is most of what a network moves, and never leaves the chip here. A program
+computes ``ROWS`` output rows × ``BLOCK_W`` columns, hidden channels a block at a time: it expands the pixels that a tap
+of the filter needs by a matrix product, adds them, weighed, to the depthwise sums, and multiplies these into the
+projection's. Registers hold no neighbours, so each tap expands its pixels anew, (R + K - 1)·K / R products instead of
+one: the tensor cores have the time, where the inputs are narrow.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .activations import activate
+from .common import accumulator, arrange, float32_precision, multiple, on_device, vector_of
+from .depthwise_conv2d import add_to, reaches
+from .tiles import inverted_residual_tile
+
+
+@triton.jit
+def _forward(
+    x_ptr,
+    expand_ptr,
+    expand_bias_ptr,
+    depthwise_ptr,
+    depthwise_bias_ptr,
+    project_ptr,
+    project_bias_ptr,
+    residual_ptr,
+    y_ptr,
+    sums_ptr,
+    height,
+    width,
+    channels,
+    hidden,
+    out_height,
+    out_width,
+    out_channels,
+    x_image_stride,
+    x_row_stride,
+    x_column_stride,
+    residual_image_stride,
+    residual_row_stride,
+    residual_column_stride,
+    y_image_stride,
+    y_row_stride,
+    y_column_stride,
+    depthwise_channel_stride,
+    depthwise_row_stride,
+    depthwise_column_stride,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    EXPAND_ACTIVATION: tl.constexpr,
+    DEPTHWISE_ACTIVATION: tl.constexpr,
+    PROJECT_ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VECTOR_IN: tl.constexpr,
+    VECTOR_OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    ACC: tl.constexpr = accumulator(DTYPE)
+    channels = multiple(channels, VECTOR_IN)
+    x_image_stride = multiple(x_image_stride, VECTOR_IN)
+    x_row_stride = multiple(x_row_stride, VECTOR_IN)
+    x_column_stride = multiple(x_column_stride, VECTOR_IN)
+    out_channels = multiple(out_channels, VECTOR_OUT)
+    y_image_stride = multiple(y_image_stride, VECTOR_OUT)
+    y_row_stride = multiple(y_row_stride, VECTOR_OUT)
+    y_column_stride = multiple(y_column_stride, VECTOR_OUT)
+    residual_image_stride = multiple(residual_image_stride, VECTOR_OUT)
+    residual_row_stride = multiple(residual_row_stride, VECTOR_OUT)
+    residual_column_stride = multiple(residual_column_stride, VECTOR_OUT)
+    if expand_ptr is None:
+        hidden = multiple(hidden, VECTOR_IN)
+    if project_ptr is None:
+        hidden = multiple(hidden, VECTOR_OUT)
+
+    program = tl.program_id(0)
+    first_hidden = 0
+    if project_ptr is None:  # blocks of hidden channels have programs of their own
+        hidden_blocks = tl.cdiv(hidden, BLOCK_C)
+        first_hidden = program % hidden_blocks * BLOCK_C
+        program //= hidden_blocks
+    column_blocks = tl.cdiv(out_width, BLOCK_W)
+    strips = tl.cdiv(out_height, ROWS)
+    part = program % (column_blocks * strips)
+    column = part % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+    first_row = part // column_blocks * ROWS
+    image = tl.cast(program // (column_blocks * strips), tl.int64)
+    columns_here = column < out_width
+    x_ptr += image * x_image_stride
+    in_channel = tl.arange(0, BLOCK_IN)
+    out_channel = tl.arange(0, BLOCK_OUT)
+
+    projected = ()
+    for _ in tl.static_range(ROWS):
+        projected += (tl.zeros([BLOCK_W, BLOCK_OUT], ACC),)
+    for offset in range(0, BLOCK_C if project_ptr is None else hidden, BLOCK_C):
+        channel = first_hidden + offset + tl.arange(0, BLOCK_C)
+        channels_here = channel < hidden
+        if expand_ptr is not None:
+            pointers = expand_ptr + channel[None, :] * channels + in_channel[:, None]
+            expand = tl.load(pointers, channels_here[None, :] & (in_channel < channels)[:, None], 0.0)
+            expand_bias = tl.load(expand_bias_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
+        totals = ()
+        for _ in tl.static_range(ROWS):
+            totals += (tl.zeros([BLOCK_W, BLOCK_C], ACC),)
+        for kx in tl.static_range(KERNEL_W):
+            taps = ()
+            for ky in tl.static_range(KERNEL_H):
+                pointers = depthwise_ptr + channel * depthwise_channel_stride
+                pointers += ky * depthwise_row_stride + kx * depthwise_column_stride
+                taps += (tl.load(pointers, channels_here, 0.0).to(ACC)[None, :],)
+            x_column = column * STRIDE_W + (kx * DILATION_W - PADDING_W)
+            columns_inside = columns_here & (x_column >= 0) & (x_column < width)
+            for dy in tl.static_range((ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1):
+                if reaches(dy, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
+                    x_row = first_row * STRIDE_H + (dy - PADDING_H)
+                    inside = columns_inside & (x_row >= 0) & (x_row < height)
+                    pointers = x_ptr + tl.cast(x_row, tl.int64) * x_row_stride + x_column[:, None] * x_column_stride
+                    if expand_ptr is not None:
+                        here = inside[:, None] & (in_channel < channels)[None, :]
+                        x = tl.load(pointers + in_channel[None, :], here, 0.0)
+                        x = tl.dot(x, expand, expand_bias.broadcast_to(BLOCK_W, BLOCK_C), PRECISION, out_dtype=ACC)
+                        # In the type that the tensor would have been stored in.
+                        x = activate(x, EXPAND_ACTIVATION).to(DTYPE).to(ACC)
+                        x = tl.where(inside[:, None], x, 0.0)
+                    else:
+                        here = inside[:, None] & channels_here[None, :]
+                        x = tl.load(pointers + channel[None, :], here, 0.0).to(ACC)
+                    for row in tl.static_range(ROWS):
+                        for ky in tl.static_range(KERNEL_H):
+                            if row * STRIDE_H + ky * DILATION_H == dy:
+                                totals = add_to(totals, row, x * taps[ky])
+        depthwise_bias = tl.load(depthwise_bias_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
+        if project_ptr is not None:
+            pointers = project_ptr + out_channel[None, :] * hidden + channel[:, None]
+            project = tl.load(pointers, channels_here[:, None] & (out_channel < out_channels)[None, :], 0.0)
+        sums = tl.zeros([BLOCK_C], ACC)
+        for row in tl.static_range(ROWS):
+            y = activate(totals[row] + depthwise_bias, DEPTHWISE_ACTIVATION)
+            if project_ptr is not None:
+                projected = add_to(projected, row, tl.dot(y.to(DTYPE), project, None, PRECISION, out_dtype=ACC))
+            else:
+                y_row = first_row + row
+                inside = columns_here & (y_row < out_height)
+                here = inside[:, None] & channels_here[None, :]
+                pointers = y_ptr + image * y_image_stride + tl.cast(y_row, tl.int64) * y_row_stride
+                tl.store(pointers + column[:, None] * y_column_stride + channel[None, :], y.to(DTYPE), here)
+                if sums_ptr is not None:
+                    sums += tl.sum(tl.where(here, y, 0.0), 0)
+        if sums_ptr is not None:
+            pointers = sums_ptr + (image * (column_blocks * strips) + part) * hidden + channel
+            tl.store(pointers, sums, channels_here)
+
+    if project_ptr is not None:
+        out_here = out_channel < out_channels
+        project_bias = tl.load(project_bias_ptr + out_channel, out_here, 0.0).to(ACC)[None, :]
+        for row in tl.static_range(ROWS):
+            y_row = first_row + row
+            here = (columns_here & (y_row < out_height))[:, None] & out_here[None, :]
+            y = projected[row] + project_bias
+            if residual_ptr is not None:
+                pointers = residual_ptr + image * residual_image_stride + tl.cast(y_row, tl.int64) * residual_row_stride
+                pointers += column[:, None] * residual_column_stride + out_channel[None, :]
+                y += tl.load(pointers, here, 0.0).to(ACC)
+            y = activate(y, PROJECT_ACTIVATION).to(DTYPE)
+            pointers = y_ptr + image * y_image_stride + tl.cast(y_row, tl.int64) * y_row_stride
+            tl.store(pointers + column[:, None] * y_column_stride + out_channel[None, :], y, here)
+
+
+def inverted_residual(
+    input: torch.Tensor,
+    expand: tuple[torch.Tensor, torch.Tensor] | None,
+    depthwise: tuple[torch.Tensor, torch.Tensor],
+    project: tuple[torch.Tensor, torch.Tensor] | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    activations: tuple[str, str, str],
+    residual: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor,
+    with_sums: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``project(depthwise(expand(input))) + residual``, each a convolution, its bias, and its activation.
+
+    Args:
+        input: (N, C, H, W).
+        expand: weight (E, C, 1, 1) and bias (E,), or None where the input is the depthwise convolution's.
+        depthwise: weight (E, 1, kH, kW) and bias (E,).
+        project: weight (K, E, 1, 1) and bias (K,), or None where the depthwise convolution's output is wanted.
+        stride, padding, dilation: of the depthwise convolution; padding before the first row and column.
+        activations: those after the expansion, the depthwise convolution, and the sum with the residual.
+        out: channels_last, where to write; its size says how much padding is behind the last row and column.
+        with_sums: without ``project``: whether to return the sums over (H, W) as well, in parts: (N, parts, E).
+    """
+    weight, depthwise_bias = depthwise
+    batch, channels, height, width = input.shape
+    hidden, (kernel_h, kernel_w) = weight.shape[0], weight.shape[2:]
+    _, out_channels, out_h, out_w = out.shape
+    input = arrange(input, True)
+    residual = None if residual is None else arrange(residual, True)
+    tile = inverted_residual_tile(
+        input.element_size(),
+        channels if expand else 0,
+        hidden,
+        out_channels if project else 0,
+        tuple(out.shape),
+        (kernel_h, kernel_w),
+    )
+    parts = tile.strips(out_h) * tile.blocks(out_w)
+    sums = None
+    if with_sums:
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        sums = torch.empty((batch, parts, hidden), dtype=dtype, device=input.device)
+    grid = batch * parts * (1 if project else triton.cdiv(hidden, tile.hidden))
+    if grid:
+        with on_device(input):
+            _forward[(grid,)](
+                input,
+                *((expand[0].contiguous(), expand[1]) if expand else (None, None)),
+                *(weight, depthwise_bias),
+                *((project[0].contiguous(), project[1]) if project else (None, None)),
+                *(residual, out, sums),
+                *(height, width, channels, hidden, out_h, out_w, out_channels),
+                *_strides(input),
+                *((0, 0, 0) if residual is None else _strides(residual)),
+                *_strides(out),
+                *(weight.stride(0), weight.stride(2), weight.stride(3)),
+                KERNEL_H=kernel_h,
+                KERNEL_W=kernel_w,
+                STRIDE_H=stride[0],
+                STRIDE_W=stride[1],
+                PADDING_H=padding[0],
+                PADDING_W=padding[1],
+                DILATION_H=dilation[0],
+                DILATION_W=dilation[1],
+                EXPAND_ACTIVATION=activations[0],
+                DEPTHWISE_ACTIVATION=activations[1],
+                PROJECT_ACTIVATION=activations[2],
+                PRECISION=float32_precision(),
+                VECTOR_IN=vector_of(True, input),
+                VECTOR_OUT=vector_of(True, *(t for t in (out, residual) if t is not None)),
+                ROWS=tile.rows,
+                BLOCK_W=tile.columns,
+                BLOCK_IN=tile.channels,
+                BLOCK_C=tile.hidden,
+                BLOCK_OUT=tile.out_channels,
+                num_warps=tile.warps,
+                num_stages=2 if input.element_size() < 8 else 1,
+            )
+    return (out, sums) if with_sums else out
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+    return tensor.stride(0), tensor.stride(2), tensor.stride(3)

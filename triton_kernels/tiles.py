@@ -1,0 +1,191 @@
+"""How large a piece of its work each program of a kernel takes: one function an operation, of shapes alone.
+
+Elements a thread holds, and so registers, follow from the tile: ``rows * columns * channels / (32 * warps)`` sums.
+The rules come from counting (bytes a load, sectors of 32 bytes, registers); no GPU has been asked yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What of a GPU decides how work is dealt."""
+
+    name: str
+    multiprocessors: int
+    shared_bytes: int  # a program's most
+
+
+H100 = Chip("H100", 132, 227 * 1024)
+A100 = Chip("A100", 108, 163 * 1024)
+OTHER = Chip("other", 64, 99 * 1024)
+
+
+@functools.lru_cache
+def _chip(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    shared = getattr(properties, "shared_memory_per_block_optin", OTHER.shared_bytes)
+    return Chip(properties.name, properties.multi_processor_count, shared)
+
+
+def chip_of(tensor: torch.Tensor) -> Chip:
+    """The chip that holds the tensor."""
+    return _chip(tensor.device.index or 0) if tensor.is_cuda else OTHER
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of a depthwise convolution: the piece of an image that a program computes, all its rows in registers at once."""
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+
+    def strips(self, height: int) -> int:
+        return -(-height // self.rows)
+
+    def blocks(self, width: int) -> int:
+        return -(-width // self.columns)
+
+
+def power_of_2(size: int) -> int:
+    """The least power of two that is no smaller."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def fit(size: int, least: int, most: int) -> int:
+    """The block, a power of two, to cut ``size`` into: the largest that wastes at most a sixth, or else the least."""
+    choices = [
+        block for block in (1 << i for i in range(12)) if least <= block <= max(least, min(most, power_of_2(size)))
+    ]
+    waste = {block: -(-size // block) * block / size for block in choices}
+    return max(block for block in choices if waste[block] <= max(7 / 6, min(waste.values())))
+
+
+def depthwise_tile(
+    channels_last: bool, itemsize: int, out_shape: tuple[int, ...], kernel: tuple[int, int], stride: tuple[int, int]
+) -> Tile:
+    """Four rows: of a 3×3 filter of stride 1 they load 1.5 rows an output row instead of 3, of a 5×5 2 instead of 5.
+
+    A thread has 16 bytes of each row where it loads them at once, and in contiguous images, whose neighbours are loaded
+    one by one, four elements: with twice as many the compiler spills.
+    """
+    _, channels, height, width = out_shape
+    elements = 16 // itemsize if channels_last else min(4, 16 // itemsize)
+    return _tile(channels_last, itemsize, channels, width, _even(height, 4), elements)
+
+
+def depthwise_backward_tile(
+    channels_last: bool, itemsize: int, in_shape: tuple[int, ...], kernel: tuple[int, int], stride: tuple[int, int]
+) -> Tile:
+    """A thread holds a sum for each tap and element of its own: 50, of float64 25, leave room in 255 registers."""
+    _, channels, height, width = in_shape
+    room = 50 if itemsize < 8 else 25
+    elements = min(16 // itemsize, 1 << max(0, (room // (kernel[0] * kernel[1])).bit_length() - 1))
+    rows = _even(-(-height // stride[0]), 2)
+    return _tile(channels_last, itemsize, channels, -(-width // stride[1]), rows, elements)
+
+
+def _even(size: int, most: int) -> int:
+    """Rows a strip, so that as many strips as ``most`` rows would give are of almost equal height."""
+    return -(-size // -(-size // most))
+
+
+def _tile(channels_last: bool, itemsize: int, channels: int, width: int, rows: int, elements: int) -> Tile:
+    """A tile of four warps, or of fewer where there is not so much, whose threads have so many elements of a row."""
+    if channels_last:
+        # A sector of 32 bytes at the least; 64 channels of 2 bytes fill a line of 128.
+        block_c = fit(channels, 32 // itemsize, 128 // itemsize)
+        block_w = fit(width, 1, max(1, 128 * elements // block_c))
+    else:
+        block_w = fit(width, 4, 128)
+        block_c = fit(channels, 1, max(1, 128 * elements // block_w))
+    warps = max(1, min(4, block_w * block_c // (32 * elements)))
+    return Tile(rows, block_w, block_c, warps)
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """Of a pointwise convolution: the block of a matrix product, and how many programs share all blocks."""
+
+    pixels: int
+    out_channels: int
+    channels: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def pointwise_tile(
+    chip: Chip, itemsize: int, images: int, pixels: int, channels: int, out_channels: int
+) -> ProductTile:
+    """All output channels in a block where 128 are enough, so that the input is read once."""
+    block_n = fit(out_channels, 16, 128 if itemsize < 8 else 32)
+    block_k = min(max(16, power_of_2(channels)), 256 // itemsize if itemsize < 8 else 16)
+    if channels > block_k:
+        block_k = fit(channels, 16, 128 // itemsize)
+    out_blocks = -(-out_channels // block_n)
+    block_m = 32 if itemsize == 8 else 128 if max(block_n, block_k) <= 64 else 64
+    while block_m > 16 and (
+        images * -(-pixels // block_m) * out_blocks < chip.multiprocessors or block_m >= 2 * pixels
+    ):
+        block_m //= 2
+    warps = 4 if block_m * max(block_n, block_k) <= 4096 else 8
+    blocks = images * -(-pixels // block_m)
+    # Programs that keep their weights take several blocks of pixels, as many as make four programs a multiprocessor.
+    programs = min(blocks, max(1, 4 * chip.multiprocessors // out_blocks)) if channels <= block_k else blocks
+    return ProductTile(block_m, block_n, block_k, warps, 3, max(1, programs) * out_blocks)
+
+
+@dataclass(frozen=True)
+class ImageTile:
+    """Of an operation on pixels × channels: the block that a program takes."""
+
+    pixels: int
+    channels: int
+    warps: int
+
+    def pixel_blocks(self, pixels: int) -> int:
+        return -(-pixels // self.pixels)
+
+    def channel_blocks(self, channels: int) -> int:
+        return -(-channels // self.channels)
+
+
+def image_tile(channels_last: bool, itemsize: int, pixels: int, channels: int) -> ImageTile:
+    """Of a pass over images: two vectors of 16 bytes a thread."""
+    elements = 128 * 2 * 16 // itemsize
+    if channels_last:
+        block_c = fit(channels, 32 // itemsize, 128 // itemsize)
+        return ImageTile(elements // block_c, block_c, 4)
+    block_p = fit(pixels, 4, elements)
+    return ImageTile(block_p, fit(channels, 1, elements // block_p), 4)
+
+
+@dataclass(frozen=True)
+class BlockTile(Tile):
+    """Of a fused block: the piece of the output, and the blocks of input, hidden and output channels."""
+
+    hidden: int
+    out_channels: int
+
+
+def inverted_residual_tile(
+    itemsize: int, channels: int, hidden: int, out_channels: int, out_shape: tuple[int, ...], kernel: tuple[int, int]
+) -> BlockTile:
+    """Products need 16 of everything. ``channels`` and ``out_channels`` are 0 where there is no such product.
+
+    Of hidden channels no more at a time: with 32, or more rows, the compiler spills. Float64, whose fused blocks are
+    there to check the others, spills even so.
+    """
+    _, _, height, width = out_shape
+    large = max(kernel) > 3
+    columns = fit(width, 16, 16 if large or itemsize == 8 or (channels and out_channels) else 32)
+    rows = _even(height, 1 if itemsize == 8 else 2)
+    return BlockTile(rows, columns, max(16, power_of_2(channels)), 4, 16, max(16, power_of_2(out_channels)))
