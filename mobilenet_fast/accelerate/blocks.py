@@ -11,10 +11,10 @@ def fuse_blocks(graph: Graph, least_bytes: int, most_rows_bytes: int) -> None:
 
     ``least_bytes``, of the expanded tensor, is the L2 cache of a core. On smaller maps the layers stay apart: there
     each thread takes a part of the channels, and with them of the weights, while in a fused block each reads all
-    weights for its rows, and computes the rows at which threads meet twice. (Half of the cache as the limit was 2–4
-    % slower on two threads.) Nor are layers fused where the expanded rows that the filter meets at a time take more
-    than ``most_rows_bytes`` and do not stay in the cache, as in dilated convolutions of many channels: 960 channels
-    on 33² with 5 × 5 taps two apart took 1.6 times as long fused.
+    weights for its rows, and computes the rows at which threads meet twice. (Half of the cache as the limit was
+    2–4 % slower on two threads.) Nor are layers fused where the expanded rows that the filter meets at a time take
+    more than ``most_rows_bytes`` and do not stay in the cache, as in dilated convolutions of many channels: 960
+    channels on 33² with 5 × 5 taps two apart took 1.6 times as long fused.
     """
     users = graph.users()
     for depthwise in graph.matches(is_depthwise):
