@@ -106,7 +106,7 @@ DEPTHWISE = pairwise(
 )
 
 
-@pytest.mark.parametrize("case", DEPTHWISE[::2], ids=case_id)
+@pytest.mark.parametrize("case", DEPTHWISE[::4], ids=case_id)
 def test_depthwise_conv2d(case):
     args = depthwise_conv2d_cases.arguments(**case)
     actual = run_and_check("depthwise_conv2d", args)
@@ -125,7 +125,7 @@ def test_square_depthwise_kernels(layout, kernel, stride, map_size):
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_every_depthwise_tap_counts(layout):
-    args = depthwise_conv2d_cases.arguments(layout=layout)
+    args = depthwise_conv2d_cases.arguments(map_size=(4, 4), batch=1, layout=layout)
     for tap in range(9):
         lost = args[1].clone()
         lost[3].view(-1)[tap] = 0
@@ -136,7 +136,7 @@ def test_every_depthwise_tap_counts(layout):
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("activation", ("none", "hardswish", "silu"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("size, channels", [((7, 7), 24), ((9, 40), 3)])
+@pytest.mark.parametrize("size, channels", [((7, 7), 24), ((5, 20), 3)])
 def test_depthwise_sums(layout, activation, dtype, size, channels):
     args = depthwise_conv2d_cases.arguments(channels, size, layout=layout, activation=activation, dtype=dtype)
     output, sums = run("depthwise_conv2d", args, with_sums=True)
@@ -148,7 +148,7 @@ def test_depthwise_sums(layout, activation, dtype, size, channels):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in DEPTHWISE if case["activation"] in ("none", "relu")][::4], ids=case_id
+    "case", [case for case in DEPTHWISE if case["activation"] in ("none", "relu")][::8], ids=case_id
 )
 @pytest.mark.parametrize("need", ((True, True), (True, False), (False, True)), ids=str)
 def test_depthwise_conv2d_backward(case, need):
@@ -188,7 +188,7 @@ POINTWISE = pairwise(
 )
 
 
-@pytest.mark.parametrize("case", POINTWISE[::2], ids=case_id)
+@pytest.mark.parametrize("case", POINTWISE[::3], ids=case_id)
 def test_pointwise_conv2d(case):
     args = pointwise_conv2d_cases.arguments(**case)
     actual = run_and_check("pointwise_conv2d", args)
@@ -296,7 +296,7 @@ INVERTED_RESIDUAL = pairwise(
 )
 
 
-@pytest.mark.parametrize("case", INVERTED_RESIDUAL, ids=case_id)
+@pytest.mark.parametrize("case", INVERTED_RESIDUAL[::2], ids=case_id)
 def test_inverted_residual(case):
     dtype, form, kernel, stride = case["dtype"], case["form"], case["kernel"], case["stride"]
     hidden, pad = case["hidden"], case["dilation"] * (kernel // 2) * case["padding"]

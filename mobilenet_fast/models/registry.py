@@ -150,10 +150,6 @@ def load_weights(
     if not isinstance(weights, (str, os.PathLike, Mapping)):
         raise TypeError(f"weights must be a state_dict, the path of one, or a name, got a {type(weights).__name__}")
     if isinstance(weights, Mapping):
-        wrong = next((key for key, value in weights.items() if not isinstance(value, Tensor)), None)
-        if wrong is not None:
-            got = type(weights[wrong]).__name__
-            raise TypeError(f"weights must be tensors by name, got a {got} for {wrong!r}")
         state = weights
     elif os.path.isfile(weights):
         state = _read_state_dict(weights)
@@ -163,6 +159,9 @@ def load_weights(
         raise ValueError(f"weights must be a state_dict or the path of one, got {weights!r}, where there is no file")
     state = rename(state)
     _check_fit(type(model).__name__, model.state_dict(), state)
+    wrong = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        raise TypeError(f"weights must be tensors by name, got a {type(state[wrong]).__name__} for {wrong!r}")
     model.load_state_dict(state, strict=False)  # which has been checked, and may lack what counts batches
     return model
 
