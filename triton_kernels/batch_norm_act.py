@@ -16,8 +16,10 @@ from .activations import activate, activation_gradient
 from .common import (
     accumulator,
     arrange_pixels,
+    block_pointers,
     is_channels_last,
     multiple,
+    multiples,
     on_device,
     pixel_strides,
     square_root,
@@ -78,33 +80,27 @@ def _forward(
     BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    x_image_stride = multiple(x_image_stride, VECTOR)
-    y_image_stride = multiple(y_image_stride, VECTOR)
+    x_strides = multiples(x_image_stride, x_pixel_stride, x_channel_stride, CHANNELS_LAST, VECTOR)
+    y_strides = multiples(y_image_stride, y_pixel_stride, y_channel_stride, CHANNELS_LAST, VECTOR)
     if CHANNELS_LAST:
         channels = multiple(channels, VECTOR)
-        x_pixel_stride = multiple(x_pixel_stride, VECTOR)
-        y_pixel_stride = multiple(y_pixel_stride, VECTOR)
     else:
         pixels = multiple(pixels, VECTOR)
-        x_channel_stride = multiple(x_channel_stride, VECTOR)
-        y_channel_stride = multiple(y_channel_stride, VECTOR)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     pixel_blocks = tl.cdiv(pixels, BLOCK_P)
     channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     block = tl.program_id(0) // channel_blocks
-    image = tl.cast(block // pixel_blocks, tl.int64)
+    image = block // pixel_blocks
     first = block % pixel_blocks * BLOCK_P
     pixel = tl.arange(0, BLOCK_P)
     here = (first + pixel < pixels)[:, None] & (channel < channels)[None, :]
     mean, rstd, weight, bias = _affine(
         mean_ptr, variance_ptr, weight_ptr, bias_ptr, channel, channel < channels, EPS, VARIANCE, ACC
     )
-    x_ptr += image * x_image_stride + tl.cast(first, tl.int64) * x_pixel_stride
-    y_ptr += image * y_image_stride + tl.cast(first, tl.int64) * y_pixel_stride
-    x = tl.load(x_ptr + pixel[:, None] * x_pixel_stride + channel[None, :] * x_channel_stride, here, 0.0).to(ACC)
+    x = tl.load(block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST), here, 0.0).to(ACC)
     y = activate((x - mean[None, :]) * (rstd * weight)[None, :] + bias[None, :], ACTIVATION)
-    y_ptr += pixel[:, None] * y_pixel_stride + channel[None, :] * y_channel_stride
-    tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), here)
+    pointers = block_pointers(y_ptr, y_strides, image, first, pixel, channel, CHANNELS_LAST)
+    tl.store(pointers, y.to(y_ptr.dtype.element_ty), here)
 
 
 @triton.jit
@@ -126,13 +122,11 @@ def _statistics(
 ):
     """Of the pixels of one part: mean and sum of squared deviations (parts, C), and their number (parts,)."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    x_image_stride = multiple(x_image_stride, VECTOR)
+    x_strides = multiples(x_image_stride, x_pixel_stride, x_channel_stride, CHANNELS_LAST, VECTOR)
     if CHANNELS_LAST:
         channels = multiple(channels, VECTOR)
-        x_pixel_stride = multiple(x_pixel_stride, VECTOR)
     else:
         pixels = multiple(pixels, VECTOR)
-        x_channel_stride = multiple(x_channel_stride, VECTOR)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(0) // channel_blocks
@@ -143,12 +137,11 @@ def _statistics(
     squares = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     counts = tl.zeros([BLOCK_P], ACC)
     for block in range(part, images * pixel_blocks, parts):
-        image = tl.cast(block // pixel_blocks, tl.int64)
+        image = block // pixel_blocks
         first = block % pixel_blocks * BLOCK_P
         pixels_here = first + pixel < pixels
         here = pixels_here[:, None] & (channel < channels)[None, :]
-        base = x_ptr + image * x_image_stride + tl.cast(first, tl.int64) * x_pixel_stride
-        x = tl.load(base + pixel[:, None] * x_pixel_stride + channel[None, :] * x_channel_stride, here, 0.0).to(ACC)
+        x = tl.load(block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST), here, 0.0).to(ACC)
         counts += tl.where(pixels_here, 1.0, 0.0).to(ACC)
         deviations = tl.where(here, x - means, 0.0)
         means += deviations * (1.0 / tl.maximum(counts, 1.0))[:, None]
@@ -249,19 +242,13 @@ def _backward(
     With ``grad_x_ptr``: the input's gradient; through the statistics too, if ``sums_ptr`` brings both sums (2, C).
     """
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    x_image_stride = multiple(x_image_stride, VECTOR)
-    y_image_stride = multiple(y_image_stride, VECTOR)
-    grad_x_image_stride = multiple(grad_x_image_stride, VECTOR)
+    x_strides = multiples(x_image_stride, x_pixel_stride, x_channel_stride, CHANNELS_LAST, VECTOR)
+    y_strides = multiples(y_image_stride, y_pixel_stride, y_channel_stride, CHANNELS_LAST, VECTOR)
+    grad_x_strides = multiples(grad_x_image_stride, grad_x_pixel_stride, grad_x_channel_stride, CHANNELS_LAST, VECTOR)
     if CHANNELS_LAST:
         channels = multiple(channels, VECTOR)
-        x_pixel_stride = multiple(x_pixel_stride, VECTOR)
-        y_pixel_stride = multiple(y_pixel_stride, VECTOR)
-        grad_x_pixel_stride = multiple(grad_x_pixel_stride, VECTOR)
     else:
         pixels = multiple(pixels, VECTOR)
-        x_channel_stride = multiple(x_channel_stride, VECTOR)
-        y_channel_stride = multiple(y_channel_stride, VECTOR)
-        grad_x_channel_stride = multiple(grad_x_channel_stride, VECTOR)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     channels_here = channel < channels
@@ -278,14 +265,12 @@ def _backward(
     gradients = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     products = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for block in range(part, images * pixel_blocks, parts):
-        image = tl.cast(block // pixel_blocks, tl.int64)
+        image = block // pixel_blocks
         first = block % pixel_blocks * BLOCK_P
         here = (first + pixel < pixels)[:, None] & channels_here[None, :]
-        pointers = x_ptr + image * x_image_stride + tl.cast(first, tl.int64) * x_pixel_stride
-        pointers += pixel[:, None] * x_pixel_stride + channel[None, :] * x_channel_stride
-        normal = (tl.load(pointers, here, 0.0).to(ACC) - mean[None, :]) * rstd[None, :]
-        pointers = grad_y_ptr + image * y_image_stride + tl.cast(first, tl.int64) * y_pixel_stride
-        pointers += pixel[:, None] * y_pixel_stride + channel[None, :] * y_channel_stride
+        x = tl.load(block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST), here, 0.0).to(ACC)
+        normal = (x - mean[None, :]) * rstd[None, :]
+        pointers = block_pointers(grad_y_ptr, y_strides, image, first, pixel, channel, CHANNELS_LAST)
         gradient = tl.load(pointers, here, 0.0).to(ACC)
         gradient = activation_gradient(gradient, normal * weight[None, :] + bias[None, :], ACTIVATION)
         if partial_ptr is not None:
@@ -295,8 +280,7 @@ def _backward(
             if sums_ptr is not None:
                 gradient -= mean_gradient[None, :] + normal * mean_product[None, :]
             gradient *= (rstd * weight)[None, :]
-            pointers = grad_x_ptr + image * grad_x_image_stride + tl.cast(first, tl.int64) * grad_x_pixel_stride
-            pointers += pixel[:, None] * grad_x_pixel_stride + channel[None, :] * grad_x_channel_stride
+            pointers = block_pointers(grad_x_ptr, grad_x_strides, image, first, pixel, channel, CHANNELS_LAST)
             tl.store(pointers, gradient.to(grad_x_ptr.dtype.element_ty), here)
     if partial_ptr is not None:
         partial_ptr += part * 2 * channels + channel

@@ -29,6 +29,38 @@ def multiple(value, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def multiples(image_stride, pixel_stride, channel_stride, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """The three strides of a tensor, `multiple` but for the inner one, which is 1."""
+    if CHANNELS_LAST:
+        strides = multiple(image_stride, VECTOR), multiple(pixel_stride, VECTOR), channel_stride
+    else:
+        strides = multiple(image_stride, VECTOR), pixel_stride, multiple(channel_stride, VECTOR)
+    return strides
+
+
+@triton.jit
+def block_pointers(pointer, strides, image, first, pixel, channel, CHANNELS_LAST: tl.constexpr):
+    """Pointers to the pixels ``first`` + ``pixel``, a vector, × channels of an image.
+
+    Offsets are of 64 bits where they may be large: images, first pixels, and channels that planes lie between.
+    """
+    pointer += tl.cast(image, tl.int64) * strides[0] + tl.cast(first, tl.int64) * strides[1]
+    if CHANNELS_LAST:
+        offset = channel
+    else:
+        offset = tl.cast(channel, tl.int64) * strides[2]
+    return pointer + pixel[:, None] * strides[1] + offset[None, :]
+
+
+@triton.jit
+def row_pointers(pointer, strides, row_stride, image, row, column, channel, CHANNELS_LAST: tl.constexpr):
+    """The same of one row of an image: its columns are the pixels."""
+    return block_pointers(
+        pointer + tl.cast(row, tl.int64) * row_stride, strides, image, 0, column, channel, CHANNELS_LAST
+    )
+
+
+@triton.jit
 def square_root(x):
     """Correctly rounded, other than `tl.sqrt` of float32."""
     if x.dtype == tl.float64:

@@ -23,8 +23,10 @@ from .common import (
     arrange,
     is_channels_last,
     multiple,
+    multiples,
     on_device,
     output_format,
+    row_pointers,
     strides,
     vector_of,
 )
@@ -90,18 +92,14 @@ def _forward(
     BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = accumulator(y_ptr.dtype.element_ty)
-    x_image_stride = multiple(x_image_stride, VECTOR)
+    x_strides = multiples(x_image_stride, x_column_stride, x_channel_stride, CHANNELS_LAST, VECTOR)
+    y_strides = multiples(y_image_stride, y_column_stride, y_channel_stride, CHANNELS_LAST, VECTOR)
     x_row_stride = multiple(x_row_stride, VECTOR)
-    y_image_stride = multiple(y_image_stride, VECTOR)
     y_row_stride = multiple(y_row_stride, VECTOR)
     if CHANNELS_LAST:
         out_channels = multiple(out_channels, VECTOR)
-        x_column_stride = multiple(x_column_stride, VECTOR)
-        y_column_stride = multiple(y_column_stride, VECTOR)
     else:
         out_width = multiple(out_width, VECTOR)
-        x_channel_stride = multiple(x_channel_stride, VECTOR)
-        y_channel_stride = multiple(y_channel_stride, VECTOR)
 
     channel_blocks = tl.cdiv(out_channels, BLOCK_C)
     column_blocks = tl.cdiv(out_width, BLOCK_W)
@@ -116,8 +114,7 @@ def _forward(
     channels_here = channel < out_channels
     here = (column < out_width)[:, None] & channels_here[None, :]
 
-    x_ptr += image * x_image_stride
-    x_channel = (channel // MULTIPLIER)[None, :] * x_channel_stride
+    x_channel = channel // MULTIPLIER
     filter_ptr = weight_ptr + channel * weight_channel_stride
     totals = ()
     for _ in tl.static_range(ROWS):
@@ -129,19 +126,19 @@ def _forward(
             taps += (tap.to(ACC)[None, :],)
         x_column = column * STRIDE_W + (kx * DILATION_W - PADDING_W)
         columns_inside = here & ((x_column >= 0) & (x_column < width))[:, None]
-        x_offset = x_column[:, None] * x_column_stride + x_channel
         for dy in tl.static_range((ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1):
             if reaches(dy, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
                 x_row = first_row * STRIDE_H + (dy - PADDING_H)
                 inside = columns_inside & (x_row >= 0) & (x_row < height)
-                x = tl.load(x_ptr + tl.cast(x_row, tl.int64) * x_row_stride + x_offset, inside, 0.0).to(ACC)
+                pointers = row_pointers(
+                    x_ptr, x_strides, x_row_stride, image, x_row, x_column, x_channel, CHANNELS_LAST
+                )
+                x = tl.load(pointers, inside, 0.0).to(ACC)
                 for row in tl.static_range(ROWS):
                     for ky in tl.static_range(KERNEL_H):
                         if row * STRIDE_H + ky * DILATION_H == dy:
                             totals = add_to(totals, row, x * taps[ky])
 
-    y_ptr += image * y_image_stride
-    y_offset = column[:, None] * y_column_stride + channel[None, :] * y_channel_stride
     sums = tl.zeros([BLOCK_C], ACC)
     for row in tl.static_range(ROWS):
         y = totals[row]
@@ -152,7 +149,8 @@ def _forward(
         y = activate(y, ACTIVATION)
         y_row = first_row + row
         inside = here & (y_row < out_height)
-        tl.store(y_ptr + tl.cast(y_row, tl.int64) * y_row_stride + y_offset, y.to(y_ptr.dtype.element_ty), inside)
+        pointers = row_pointers(y_ptr, y_strides, y_row_stride, image, y_row, column, channel, CHANNELS_LAST)
+        tl.store(pointers, y.to(y_ptr.dtype.element_ty), inside)
         if sums_ptr is not None:
             sums += tl.sum(tl.where(inside, y, 0.0), 0)
     if sums_ptr is not None:
@@ -205,22 +203,16 @@ def _backward(
 ):
     """Gradients of input and weight, each if there is a pointer for it. ``partial_ptr``: (parts, M, kH, kW, C)."""
     ACC: tl.constexpr = accumulator(grad_y_ptr.dtype.element_ty)
-    y_image_stride = multiple(y_image_stride, VECTOR)
-    y_row_stride = multiple(y_row_stride, VECTOR)
-    x_image_stride = multiple(x_image_stride, VECTOR)
+    x_strides = multiples(x_image_stride, x_column_stride, x_channel_stride, CHANNELS_LAST, VECTOR)
+    y_strides = multiples(y_image_stride, y_column_stride, y_channel_stride, CHANNELS_LAST, VECTOR)
+    grad_x_strides = multiples(grad_x_image_stride, grad_x_column_stride, grad_x_channel_stride, CHANNELS_LAST, VECTOR)
     x_row_stride = multiple(x_row_stride, VECTOR)
-    grad_x_image_stride = multiple(grad_x_image_stride, VECTOR)
+    y_row_stride = multiple(y_row_stride, VECTOR)
     grad_x_row_stride = multiple(grad_x_row_stride, VECTOR)
     if CHANNELS_LAST:
         channels = multiple(channels, VECTOR)
-        x_column_stride = multiple(x_column_stride, VECTOR)
-        y_column_stride = multiple(y_column_stride, VECTOR)
-        grad_x_column_stride = multiple(grad_x_column_stride, VECTOR)
     else:
         width = multiple(width, VECTOR)
-        x_channel_stride = multiple(x_channel_stride, VECTOR)
-        y_channel_stride = multiple(y_channel_stride, VECTOR)
-        grad_x_channel_stride = multiple(grad_x_channel_stride, VECTOR)
 
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -238,7 +230,7 @@ def _backward(
     for tile in range(part, images * strips * column_blocks, parts):
         column = tile % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
         first_row = tile // column_blocks % strips * ROWS
-        image = tl.cast(tile // (column_blocks * strips), tl.int64)
+        image = tile // (column_blocks * strips)
         for py in tl.static_range(STRIDE_H):
             for px in tl.static_range(STRIDE_W):
                 x_column = column * STRIDE_W + px
@@ -249,8 +241,9 @@ def _backward(
                     totals += (tl.zeros([BLOCK_W, BLOCK_C], ACC),)
                     if partial_ptr is not None:
                         x_row = (first_row + row) * STRIDE_H + py
-                        pointers = x_ptr + image * x_image_stride + tl.cast(x_row, tl.int64) * x_row_stride
-                        pointers += x_column[:, None] * x_column_stride + channel[None, :] * x_channel_stride
+                        pointers = row_pointers(
+                            x_ptr, x_strides, x_row_stride, image, x_row, x_column, channel, CHANNELS_LAST
+                        )
                         xs += (tl.load(pointers, columns_here & (x_row < height), 0.0).to(ACC),)
                 for m in tl.static_range(MULTIPLIER):
                     for kx in tl.static_range(KERNEL_W):
@@ -259,7 +252,6 @@ def _backward(
                             columns_inside = (y_column >= 0) & (y_column < out_width)
                             columns_inside = columns_inside[:, None] & channels_here[None, :]
                             y_channel = channel * MULTIPLIER + m
-                            y_offset = y_column[:, None] * y_column_stride + y_channel[None, :] * y_channel_stride
                             taps = ()
                             for ky in tl.static_range(KERNEL_H):
                                 if grad_x_ptr is not None:
@@ -273,10 +265,17 @@ def _backward(
                                 if _reaches_back(dy, py + PADDING_H, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
                                     y_row = first_row + dy
                                     inside = columns_inside & (y_row >= 0) & (y_row < out_height)
-                                    pointers = (
-                                        grad_y_ptr + image * y_image_stride + tl.cast(y_row, tl.int64) * y_row_stride
+                                    pointers = row_pointers(
+                                        grad_y_ptr,
+                                        y_strides,
+                                        y_row_stride,
+                                        image,
+                                        y_row,
+                                        y_column,
+                                        y_channel,
+                                        CHANNELS_LAST,
                                     )
-                                    grad_y = tl.load(pointers + y_offset, inside, 0.0).to(ACC)
+                                    grad_y = tl.load(pointers, inside, 0.0).to(ACC)
                                     for row in tl.static_range(ROWS):
                                         for ky in tl.static_range(KERNEL_H):
                                             if (dy - row) * STRIDE_H == py + PADDING_H - ky * DILATION_H:
@@ -291,10 +290,16 @@ def _backward(
                 if grad_x_ptr is not None:
                     for row in tl.static_range(ROWS):
                         x_row = (first_row + row) * STRIDE_H + py
-                        pointers = (
-                            grad_x_ptr + image * grad_x_image_stride + tl.cast(x_row, tl.int64) * grad_x_row_stride
+                        pointers = row_pointers(
+                            grad_x_ptr,
+                            grad_x_strides,
+                            grad_x_row_stride,
+                            image,
+                            x_row,
+                            x_column,
+                            channel,
+                            CHANNELS_LAST,
                         )
-                        pointers += x_column[:, None] * grad_x_column_stride + channel[None, :] * grad_x_channel_stride
                         total = totals[row].to(grad_x_ptr.dtype.element_ty)
                         tl.store(pointers, total, columns_here & (x_row < height))
     if partial_ptr is not None:

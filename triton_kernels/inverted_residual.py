@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .common import accumulator, arrange, float32_precision, multiple, on_device, vector_of
+from .common import accumulator, arrange, float32_precision, multiple, multiples, on_device, row_pointers, vector_of
 from .depthwise_conv2d import add_to, reaches
 from .tiles import inverted_residual_tile
 
@@ -72,17 +72,14 @@ def _forward(
 ):
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = accumulator(DTYPE)
-    channels = multiple(channels, VECTOR_IN)
-    x_image_stride = multiple(x_image_stride, VECTOR_IN)
+    x_strides = multiples(x_image_stride, x_column_stride, 1, True, VECTOR_IN)
+    y_strides = multiples(y_image_stride, y_column_stride, 1, True, VECTOR_OUT)
+    residual_strides = multiples(residual_image_stride, residual_column_stride, 1, True, VECTOR_OUT)
     x_row_stride = multiple(x_row_stride, VECTOR_IN)
-    x_column_stride = multiple(x_column_stride, VECTOR_IN)
-    out_channels = multiple(out_channels, VECTOR_OUT)
-    y_image_stride = multiple(y_image_stride, VECTOR_OUT)
     y_row_stride = multiple(y_row_stride, VECTOR_OUT)
-    y_column_stride = multiple(y_column_stride, VECTOR_OUT)
-    residual_image_stride = multiple(residual_image_stride, VECTOR_OUT)
     residual_row_stride = multiple(residual_row_stride, VECTOR_OUT)
-    residual_column_stride = multiple(residual_column_stride, VECTOR_OUT)
+    channels = multiple(channels, VECTOR_IN)
+    out_channels = multiple(out_channels, VECTOR_OUT)
     if expand_ptr is None:
         hidden = multiple(hidden, VECTOR_IN)
     if project_ptr is None:
@@ -101,7 +98,6 @@ def _forward(
     first_row = part // column_blocks * ROWS
     image = tl.cast(program // (column_blocks * strips), tl.int64)
     columns_here = column < out_width
-    x_ptr += image * x_image_stride
     in_channel = tl.arange(0, BLOCK_IN)
     out_channel = tl.arange(0, BLOCK_OUT)
 
@@ -130,17 +126,20 @@ def _forward(
                 if reaches(dy, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
                     x_row = first_row * STRIDE_H + (dy - PADDING_H)
                     inside = columns_inside & (x_row >= 0) & (x_row < height)
-                    pointers = x_ptr + tl.cast(x_row, tl.int64) * x_row_stride + x_column[:, None] * x_column_stride
                     if expand_ptr is not None:
                         here = inside[:, None] & (in_channel < channels)[None, :]
-                        x = tl.load(pointers + in_channel[None, :], here, 0.0)
+                        pointers = row_pointers(
+                            x_ptr, x_strides, x_row_stride, image, x_row, x_column, in_channel, True
+                        )
+                        x = tl.load(pointers, here, 0.0)
                         x = tl.dot(x, expand, expand_bias.broadcast_to(BLOCK_W, BLOCK_C), PRECISION, out_dtype=ACC)
                         # In the type that the tensor would have been stored in.
                         x = activate(x, EXPAND_ACTIVATION).to(DTYPE).to(ACC)
                         x = tl.where(inside[:, None], x, 0.0)
                     else:
                         here = inside[:, None] & channels_here[None, :]
-                        x = tl.load(pointers + channel[None, :], here, 0.0).to(ACC)
+                        pointers = row_pointers(x_ptr, x_strides, x_row_stride, image, x_row, x_column, channel, True)
+                        x = tl.load(pointers, here, 0.0).to(ACC)
                     for row in tl.static_range(ROWS):
                         for ky in tl.static_range(KERNEL_H):
                             if row * STRIDE_H + ky * DILATION_H == dy:
@@ -158,8 +157,8 @@ def _forward(
                 y_row = first_row + row
                 inside = columns_here & (y_row < out_height)
                 here = inside[:, None] & channels_here[None, :]
-                pointers = y_ptr + image * y_image_stride + tl.cast(y_row, tl.int64) * y_row_stride
-                tl.store(pointers + column[:, None] * y_column_stride + channel[None, :], y.to(DTYPE), here)
+                pointers = row_pointers(y_ptr, y_strides, y_row_stride, image, y_row, column, channel, True)
+                tl.store(pointers, y.to(DTYPE), here)
                 if sums_ptr is not None:
                     sums += tl.sum(tl.where(here, y, 0.0), 0)
         if sums_ptr is not None:
@@ -174,12 +173,13 @@ def _forward(
             here = (columns_here & (y_row < out_height))[:, None] & out_here[None, :]
             y = projected[row] + project_bias
             if residual_ptr is not None:
-                pointers = residual_ptr + image * residual_image_stride + tl.cast(y_row, tl.int64) * residual_row_stride
-                pointers += column[:, None] * residual_column_stride + out_channel[None, :]
+                pointers = row_pointers(
+                    residual_ptr, residual_strides, residual_row_stride, image, y_row, column, out_channel, True
+                )
                 y += tl.load(pointers, here, 0.0).to(ACC)
             y = activate(y, PROJECT_ACTIVATION).to(DTYPE)
-            pointers = y_ptr + image * y_image_stride + tl.cast(y_row, tl.int64) * y_row_stride
-            tl.store(pointers + column[:, None] * y_column_stride + out_channel[None, :], y, here)
+            pointers = row_pointers(y_ptr, y_strides, y_row_stride, image, y_row, column, out_channel, True)
+            tl.store(pointers, y, here)
 
 
 def inverted_residual(

@@ -15,9 +15,11 @@ from .activations import activate
 from .common import (
     accumulator,
     arrange_pixels,
+    block_pointers,
     float32_precision,
     is_channels_last,
     multiple,
+    multiples,
     on_device,
     output_format,
     pixel_strides,
@@ -62,20 +64,16 @@ def _forward(
     ONE_K: tl.constexpr,
 ):
     ACC: tl.constexpr = accumulator(y_ptr.dtype.element_ty)
-    x_image_stride = multiple(x_image_stride, VECTOR_IN)
-    y_image_stride = multiple(y_image_stride, VECTOR_OUT)
-    residual_image_stride = multiple(residual_image_stride, VECTOR_OUT)
+    x_strides = multiples(x_image_stride, x_pixel_stride, x_channel_stride, CHANNELS_LAST, VECTOR_IN)
+    y_strides = multiples(y_image_stride, y_pixel_stride, y_channel_stride, CHANNELS_LAST, VECTOR_OUT)
+    residual_strides = multiples(
+        residual_image_stride, residual_pixel_stride, residual_channel_stride, CHANNELS_LAST, VECTOR_OUT
+    )
     if CHANNELS_LAST:
         channels = multiple(channels, VECTOR_IN)
         out_channels = multiple(out_channels, VECTOR_OUT)
-        x_pixel_stride = multiple(x_pixel_stride, VECTOR_IN)
-        y_pixel_stride = multiple(y_pixel_stride, VECTOR_OUT)
-        residual_pixel_stride = multiple(residual_pixel_stride, VECTOR_OUT)
     else:
         pixels = multiple(pixels, VECTOR_OUT)
-        x_channel_stride = multiple(x_channel_stride, VECTOR_IN)
-        y_channel_stride = multiple(y_channel_stride, VECTOR_OUT)
-        residual_channel_stride = multiple(residual_channel_stride, VECTOR_OUT)
 
     out_blocks = tl.cdiv(out_channels, BLOCK_N)
     out_channel = tl.program_id(0) % out_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -92,19 +90,18 @@ def _forward(
 
     pixel_blocks = tl.cdiv(pixels, BLOCK_M)
     for block in range(tl.program_id(0) // out_blocks, images * pixel_blocks, tl.num_programs(0) // out_blocks):
-        image = tl.cast(block // pixel_blocks, tl.int64)
+        image = block // pixel_blocks
         first = block % pixel_blocks * BLOCK_M
-        local = tl.arange(0, BLOCK_M)
-        pixels_here = first + local < pixels
-        base = x_ptr + image * x_image_stride + tl.cast(first, tl.int64) * x_pixel_stride
-        rows = base + local[:, None] * x_pixel_stride
+        pixel = tl.arange(0, BLOCK_M)
+        pixels_here = first + pixel < pixels
         if gate_ptr is not None:
-            gate_rows = gate_ptr + (image + (first + local) // pixels_of_gate)[:, None] * channels
+            gate_rows = gate_ptr + (image + (first + pixel) // pixels_of_gate)[:, None] * channels
         total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         for first_k in range(0, BLOCK_K if ONE_K else channels, BLOCK_K):
             channel = first_k + k
             inputs_here = pixels_here[:, None] & (channel < channels)[None, :]
-            x = tl.load(rows + channel[None, :] * x_channel_stride, inputs_here, 0.0)
+            pointers = block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST)
+            x = tl.load(pointers, inputs_here, 0.0)
             if gate_ptr is not None:
                 x = (x.to(ACC) * tl.load(gate_rows + channel[None, :], inputs_here, 0.0).to(ACC)).to(x.dtype)
             if not ONE_K:
@@ -117,12 +114,11 @@ def _forward(
             total += bias[None, :]
         outputs_here = pixels_here[:, None] & out_here[None, :]
         if residual_ptr is not None:
-            base = residual_ptr + image * residual_image_stride + tl.cast(first, tl.int64) * residual_pixel_stride
-            pointers = base + local[:, None] * residual_pixel_stride + out_channel[None, :] * residual_channel_stride
-            total += tl.load(pointers, outputs_here, 0.0).to(ACC)
+            at = block_pointers(residual_ptr, residual_strides, image, first, pixel, out_channel, CHANNELS_LAST)
+            total += tl.load(at, outputs_here, 0.0).to(ACC)
         y = activate(total, ACTIVATION).to(y_ptr.dtype.element_ty)
-        base = y_ptr + image * y_image_stride + tl.cast(first, tl.int64) * y_pixel_stride
-        tl.store(base + local[:, None] * y_pixel_stride + out_channel[None, :] * y_channel_stride, y, outputs_here)
+        at = block_pointers(y_ptr, y_strides, image, first, pixel, out_channel, CHANNELS_LAST)
+        tl.store(at, y, outputs_here)
 
 
 def pointwise_conv2d(

@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .common import accumulator, arrange_pixels, image_strides, is_channels_last, multiple, on_device, vector_of_pixels
+from .common import (
+    accumulator,
+    arrange_pixels,
+    block_pointers,
+    image_strides,
+    is_channels_last,
+    multiple,
+    multiples,
+    on_device,
+    vector_of_pixels,
+)
 from .tiles import chip_of, image_tile
 
 
@@ -32,13 +42,11 @@ def _sum_pixels(
 ):
     """Sums over the pixels of each part of an image: (N, parts, C)."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    x_image_stride = multiple(x_image_stride, VECTOR)
+    x_strides = multiples(x_image_stride, x_pixel_stride, x_channel_stride, CHANNELS_LAST, VECTOR)
     if CHANNELS_LAST:
         channels = multiple(channels, VECTOR)
-        x_pixel_stride = multiple(x_pixel_stride, VECTOR)
     else:
         pixels = multiple(pixels, VECTOR)
-        x_channel_stride = multiple(x_channel_stride, VECTOR)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(0) // channel_blocks % parts
@@ -47,8 +55,7 @@ def _sum_pixels(
     sums = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for first in range(part * BLOCK_P, pixels, parts * BLOCK_P):
         here = (first + pixel < pixels)[:, None] & (channel < channels)[None, :]
-        pointers = x_ptr + image * x_image_stride + tl.cast(first, tl.int64) * x_pixel_stride
-        pointers += pixel[:, None] * x_pixel_stride + channel[None, :] * x_channel_stride
+        pointers = block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST)
         sums += tl.load(pointers, here, 0.0).to(ACC)
     tl.store(sums_ptr + (image * parts + part) * channels + channel, tl.sum(sums, 0), channel < channels)
 
@@ -113,16 +120,12 @@ def _apply_gate(
     BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
-    x_image_stride = multiple(x_image_stride, VECTOR)
-    y_image_stride = multiple(y_image_stride, VECTOR)
+    x_strides = multiples(x_image_stride, x_pixel_stride, x_channel_stride, CHANNELS_LAST, VECTOR)
+    y_strides = multiples(y_image_stride, y_pixel_stride, y_channel_stride, CHANNELS_LAST, VECTOR)
     if CHANNELS_LAST:
         channels = multiple(channels, VECTOR)
-        x_pixel_stride = multiple(x_pixel_stride, VECTOR)
-        y_pixel_stride = multiple(y_pixel_stride, VECTOR)
     else:
         pixels = multiple(pixels, VECTOR)
-        x_channel_stride = multiple(x_channel_stride, VECTOR)
-        y_channel_stride = multiple(y_channel_stride, VECTOR)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     pixel_blocks = tl.cdiv(pixels, BLOCK_P)
     channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -132,11 +135,9 @@ def _apply_gate(
     pixel = tl.arange(0, BLOCK_P)
     here = (first + pixel < pixels)[:, None] & (channel < channels)[None, :]
     gate = tl.load(gate_ptr + image * channels + channel, channel < channels, 0.0).to(ACC)
-    x_ptr += image * x_image_stride + tl.cast(first, tl.int64) * x_pixel_stride
-    x = tl.load(x_ptr + pixel[:, None] * x_pixel_stride + channel[None, :] * x_channel_stride, here, 0.0).to(ACC)
-    y_ptr += image * y_image_stride + tl.cast(first, tl.int64) * y_pixel_stride
-    y_ptr += pixel[:, None] * y_pixel_stride + channel[None, :] * y_channel_stride
-    tl.store(y_ptr, activate(x * gate[None, :], ACTIVATION).to(y_ptr.dtype.element_ty), here)
+    x = tl.load(block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST), here, 0.0).to(ACC)
+    pointers = block_pointers(y_ptr, y_strides, image, first, pixel, channel, CHANNELS_LAST)
+    tl.store(pointers, activate(x * gate[None, :], ACTIVATION).to(y_ptr.dtype.element_ty), here)
 
 
 def sum_pixels(input: torch.Tensor) -> torch.Tensor:
