@@ -125,7 +125,7 @@ def test_depthwise_conv2d(case):
 @pytest.mark.parametrize("stride", (1, 2))
 @pytest.mark.parametrize("map_size", ((1, 1), (2, 5), (7, 7), (8, 14)))
 def test_square_depthwise_kernels(layout, kernel, stride, map_size):
-    args = depthwise_conv2d_cases.arguments(19, map_size, (kernel, kernel), stride=(stride, stride), layout=layout)
+    args = depthwise_conv2d_cases.arguments(5, map_size, (kernel, kernel), stride=(stride, stride), layout=layout)
     run_and_check("depthwise_conv2d", args)
 
 
@@ -140,9 +140,9 @@ def test_every_depthwise_tap_counts(layout):
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-@pytest.mark.parametrize("activation", ("none", "hardswish", "silu"))
+@pytest.mark.parametrize("activation", ("none", "silu"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("size, channels", [((7, 7), 24), ((5, 20), 3)])
+@pytest.mark.parametrize("size, channels", [((7, 7), 24), ((5, 9), 3)])
 def test_depthwise_sums(layout, activation, dtype, size, channels):
     args = depthwise_conv2d_cases.arguments(channels, size, layout=layout, activation=activation, dtype=dtype)
     output, sums = run("depthwise_conv2d", args, with_sums=True)
