@@ -541,7 +541,9 @@ def test_models_that_are_refused(model, x):
     partly[4].train()
     with pytest.raises(ValueError, match="but its '4' is in training mode; call eval()"):
         accelerate(partly)
-    with pytest.raises(ValueError, match="^accelerate: model must be on the CPU, got '0.weight' on meta$"):
+    with pytest.raises(
+        ValueError, match="^accelerate: model must be on the CPU or a CUDA device, got '0.weight' on meta$"
+    ):
         accelerate(copy.deepcopy(model).to("meta"))
     scripted = torch.jit.script(model)
     for torchscript in (scripted, torch.jit.trace(model, x)):

@@ -1,13 +1,18 @@
-"""Inverted residual blocks as one step: see csrc/steps/inverted_residual.cpp."""
+"""Inverted residual blocks as one step: csrc/steps/inverted_residual.cpp, triton_kernels/inverted_residual.py."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from .graph import Graph, Node
 from .passes import is_depthwise, is_pointwise, only_user
 
+Choice = Callable[[Node | None, Node, Node | None], tuple[Node | None, Node | None]]
+"""Of an expansion, a depthwise convolution and a projection that could run as one: the first and last that should."""
 
-def fuse_blocks(graph: Graph, least_bytes: int, most_rows_bytes: int) -> None:
-    """Expand → depthwise → project where the expanded tensor would leave the cache between the layers.
+
+def by_cache(least_bytes: int, most_rows_bytes: int) -> Choice:
+    """Blocks whose expanded tensor would leave a CPU's cache between the layers.
 
     ``least_bytes``, of the expanded tensor, is the L2 cache of a core. On smaller maps the layers stay apart: there
     each thread takes a part of the channels, and with them of the weights, while in a fused block each reads all
@@ -16,6 +21,22 @@ def fuse_blocks(graph: Graph, least_bytes: int, most_rows_bytes: int) -> None:
     more than ``most_rows_bytes`` and do not stay in the cache, as in dilated convolutions of many channels: 960
     channels on 33² with 5 × 5 taps two apart took 1.6 times as long fused.
     """
+
+    def choose(expand: Node | None, depthwise: Node, project: Node | None) -> tuple[Node | None, Node | None]:
+        hidden = depthwise.inputs[0]
+        n, c, h, w = hidden.shape
+        if c * h * w * hidden.dtype.itemsize < least_bytes:
+            return None, None
+        reach = (depthwise.attrs["kernel"][0] - 1) * depthwise.attrs["dilation"][0] + 1
+        if reach * c * w * hidden.dtype.itemsize > most_rows_bytes:
+            expand = None
+        return expand, project
+
+    return choose
+
+
+def fuse_blocks(graph: Graph, choose: Choice) -> None:
+    """Expand → depthwise → project, or two of them, as one node where they follow each other and ``choose`` says so."""
     users = graph.users()
     for depthwise in graph.matches(is_depthwise):
         # The means of a squeeze-excite need the whole depthwise output first.
@@ -25,14 +46,10 @@ def fuse_blocks(graph: Graph, least_bytes: int, most_rows_bytes: int) -> None:
             expand = None
         if averaged or project is None or not _is_plain(project) or project.inputs[0] is not depthwise:
             project = None
-        hidden = depthwise.inputs[0]
-        n, c, h, w = hidden.shape
-        reach = (depthwise.attrs["kernel"][0] - 1) * depthwise.attrs["dilation"][0] + 1
-        if expand is not None and reach * c * w * hidden.dtype.itemsize > most_rows_bytes:
-            expand = None
-        if (expand is None and project is None) or c * h * w * hidden.dtype.itemsize < least_bytes:
+        expand, project = choose(expand, depthwise, project)
+        if expand is None and project is None:
             continue
-        last = project or depthwise
+        hidden, last = depthwise.inputs[0], project or depthwise
         x = expand.inputs[0] if expand is not None else hidden
         block = Node(
             "inverted_residual",
@@ -44,7 +61,7 @@ def fuse_blocks(graph: Graph, least_bytes: int, most_rows_bytes: int) -> None:
                 "depthwise": depthwise.attrs["weights"],
                 "project": project and project.attrs["weights"],
                 "activations": tuple(n.activation if n else "none" for n in (expand, depthwise, project)),
-                "hidden": c,
+                "hidden": hidden.shape[1],
                 **{k: depthwise.attrs[k] for k in ("kernel", "stride", "padding", "dilation")},
             },
             last.name,

@@ -115,9 +115,13 @@ class Capture:
                     return None
         return symbols
 
-    def lower(self, leaves: list[Any], state: dict[str, torch.Tensor]) -> Graph:
-        """The graph for inputs of these shapes. ``state`` holds the module's parameters and buffers by name."""
-        return _Lowering(self, self._symbols(leaves) or {}, leaves, state).graph()
+    def lower(self, leaves: list[Any], state: dict[str, torch.Tensor], kernel_dtypes: tuple[torch.dtype, ...]) -> Graph:
+        """The graph for inputs of these shapes, whose kernels take one of some dtypes, the first of them by default.
+
+        ``state`` holds the module's parameters and buffers by name; floating-point ones may be of another dtype than
+        those of the module that was captured.
+        """
+        return _Lowering(self, self._symbols(leaves) or {}, leaves, state, kernel_dtypes).graph()
 
 
 def _with_batch(tree: Any, batch: int) -> Any:
@@ -379,7 +383,7 @@ _OWN = {"PARAMETER": "parameter", "BUFFER": "buffer", "CONSTANT_TENSOR": "tensor
 
 
 class _Lowering:
-    def __init__(self, capture: Capture, symbols: dict, leaves: list[Any], state: dict[str, torch.Tensor]):
+    def __init__(self, capture: Capture, symbols: dict, leaves: list[Any], state: dict, kernel_dtypes: tuple):
         self.capture = capture
         self.symbols = {symbol: sympy.Integer(size) for symbol, size in symbols.items()}
         self.env: dict[torch.fx.Node, Any] = {}  # a Node, a constant's name, or a plain Python value
@@ -387,8 +391,8 @@ class _Lowering:
         self.constants = {**state, **capture.tensors}
         self.sized: set[str] = set()  # of them, those that depend on the sizes of inputs
         self.dtype = next((t.dtype for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()), None)
-        if self.dtype not in (torch.float32, torch.float64):
-            self.dtype = torch.float32
+        if self.dtype not in kernel_dtypes:
+            self.dtype = kernel_dtypes[0]
         self.inputs = []
         for placeholder, leaf in zip(capture.placeholders, leaves, strict=True):
             if isinstance(leaf, torch.Tensor):
@@ -404,14 +408,18 @@ class _Lowering:
         for fx_node in self.capture.graph.nodes:
             if fx_node.op == "placeholder":
                 if fx_node not in self.env:
-                    self.env[fx_node] = Constant(self.capture.constants[fx_node.name])
+                    self.env[fx_node] = self.constant(fx_node)
             elif fx_node.op == "output":
                 outputs = [self.value(fx_node.args[0][i]) for i in self.capture.outputs]
             elif fx_node.op == "call_function":
                 self.call(fx_node)
             # What is left is get_attr, the body of an operator that takes functions; that operator is refused.
-        outputs = [self.constants[o.name] if isinstance(o, Constant) else o for o in outputs]
+        outputs = [o.of(self.constants) if isinstance(o, Constant) else o for o in outputs]
         return Graph(self.nodes, self.inputs, outputs, self.capture.out_spec, self.constants, self.dtype)
+
+    def constant(self, placeholder: torch.fx.Node) -> Constant:
+        name, dtype = self.capture.constants[placeholder.name], placeholder.meta["val"].dtype
+        return Constant(name, None if self.constants[name].dtype == dtype else dtype)
 
     def value(self, item: Any) -> Any:
         """An fx argument with nodes looked up and symbolic sizes made concrete."""
@@ -494,16 +502,16 @@ class _Lowering:
         def node(constant: Constant) -> Node:
             tensor = self.constants[constant.name]
             call = Call(aten.alias.default, [constant])
-            return self.add(f"{name}_constant", "aten", call, tuple(tensor.shape), tensor.dtype)
+            return self.add(f"{name}_constant", "aten", call, tuple(tensor.shape), constant.dtype or tensor.dtype)
 
         return [node(each) if isinstance(each, Constant) else each for each in argument]
 
     def fold_constant(self, fx_node: torch.fx.Node, target: torch._ops.OpOverload, arguments: list[Any]) -> Any:
         def tensor(argument: Any) -> Any:
-            return self.constants[argument.name] if isinstance(argument, Constant) else argument
+            return argument.of(self.constants) if isinstance(argument, Constant) else argument
 
         with torch.no_grad():
-            result = _call_with_schema(target, pytree.tree_map(tensor, arguments))
+            result = call_with_schema(target, pytree.tree_map(tensor, arguments))
 
         # What depends on the sizes of inputs is another constant for others.
         sized = any(
@@ -593,7 +601,7 @@ def _runnable(target: torch._ops.OpOverload, arguments: list[Any]) -> Call:
     return Call(target, arguments)
 
 
-def _call_with_schema(target: torch._ops.OpOverload, arguments: list[Any]) -> Any:
+def call_with_schema(target: torch._ops.OpOverload, arguments: list[Any]) -> Any:
     """Calls an operator with arguments in the order of its schema, keyword-only ones by name."""
     positional, keywords = [], {}
     for argument, value in zip(target._schema.arguments, arguments, strict=True):

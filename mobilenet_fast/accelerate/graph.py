@@ -47,9 +47,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor known before the network runs, by its name in :attr:`Graph.constants`."""
+    """A tensor known before the network runs, by its name in :attr:`Graph.constants`, and its dtype in the network, if
+    that differs.
+    """
 
     name: str
+    dtype: torch.dtype | None = None
+
+    def of(self, constants: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The tensor as the network has it."""
+        tensor = constants[self.name]
+        return tensor if self.dtype is None else tensor.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,9 @@ class Graph:
     out_spec: pytree.TreeSpec | Structure
     """How the model arranges its outputs."""
     constants: dict[str, torch.Tensor]
-    """Every parameter, buffer and constant, by name."""
+    """Every parameter, buffer and constant, by name. Weights may be more precise than :attr:`dtype`."""
     dtype: torch.dtype
-    """float32 or float64: what kernels of ours compute in; nodes of another type are ``aten``."""
+    """What kernels of ours compute on; nodes of another type are ``aten``."""
 
     def users(self) -> dict[Node, list[Node]]:
         users: dict[Node, list[Node]] = {node: [] for node in self.nodes}

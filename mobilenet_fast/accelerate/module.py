@@ -17,13 +17,15 @@ from torch.utils import _pytree as pytree
 
 from .. import _C
 from ..messages import first_line
+from . import cuda
 from .capture import Capture
 from .outputs import Structure, holds_dataclass
 from .passes import optimise
 from .plan import PackedWeights, Plan, Report, build
-from .profile import Profile, measure
+from .profile import Profile, measure, measure_cuda
 
 _MAX_PLANS = 64
+_CPU_DTYPES = (torch.float32, torch.float64)
 _GLOBAL_HOOKS = tuple(
     vars(nn_module)[f"_global_{when}_hooks"] for when in ("forward", "forward_pre", "backward", "backward_pre")
 )
@@ -34,19 +36,23 @@ _own_lock = threading.RLock()
 class _Entry:
     """A plan, the capture that it comes from, and when it ran last."""
 
-    plan: Plan
+    plan: Plan | cuda.CudaPlan
     capture: Capture
     used: int = 0
 
 
 class AcceleratedModule(nn.Module):
-    """What :func:`accelerate` returns: same inputs and outputs as the model, for inference on CPU.
+    """What :func:`accelerate` returns: same inputs and outputs as the model, for inference on its device.
 
     A plan is made for each set of input shapes, and the 64 used last are kept; they share packed weights and
     memory. Numbers and strings among the inputs are part of the plan. Strides are not: a model that asks for its
     input's layout goes the way that it went when it was captured. Inputs are only read, even where the model writes
     to its own. A 4-D output is channels_last if an input is, else contiguous. Any number of threads may call it at
     once. Autocast does not change what it computes.
+
+    On CUDA a plan is recorded as a CUDA graph at its first call. Graphs share their memory, so calls on several streams
+    wait for each other; within a caller's own CUDA graph the plan's kernels become a part of that. Products of float32
+    are rounded to TF32 if ``torch.backends.cudnn.allow_tf32`` was set at the first call.
 
     ``state_dict()`` holds the model's own keys with the weights in use, and ``load_state_dict()`` replaces them; there
     are no parameters to train, and ``train()`` leaves it in evaluation mode. Copies, pickles and files (:meth:`save`)
@@ -55,13 +61,21 @@ class AcceleratedModule(nn.Module):
     ``torch.compile`` of a larger model calls the plan.
     """
 
-    def __init__(self, model: nn.Module, *, strict: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strict: bool = False,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ):
         super().__init__()
-        self._set_up(_frozen_copy(model), strict)
+        self._set_up(_frozen_copy(model), strict, dtype, backend)
         self._hide("_source", model)  # whose weights refresh() takes
 
-    def _set_up(self, model: nn.Module, strict: bool) -> None:
-        self.strict = strict
+    def _set_up(self, model: nn.Module, strict: bool, dtype: torch.dtype | None, backend: str | None) -> None:
+        self.strict, self.dtype, self.device = strict, dtype, _device(model)
+        self.backend = _backend(self.device, dtype, backend)
         self.training = False
         self._hide("_source", None)
         self._hide("_lock", threading.RLock())
@@ -76,7 +90,7 @@ class AcceleratedModule(nn.Module):
         self._hide("_model", model)
         self._captures[:] = [capture for capture in self._captures if not capture.tensors]
         with self._last_lock:
-            self._hide("_packed", PackedWeights())
+            self._hide("_packed", PackedWeights() if self.backend == "cpp" else cuda.CudaWeights())
             self._hide("_plans", {})
             self._hide("_last", None)
             self._hide("_usual", None)  # the last plan's run_usual(), if it was called with one tensor alone
@@ -113,8 +127,9 @@ class AcceleratedModule(nn.Module):
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         tensors, entry = self._plan(args, kwargs)
-        if torch.is_autocast_enabled("cpu"):  # steps through ATen would see it
-            with torch.autocast("cpu", enabled=False):
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):  # steps through ATen would see it
+            with torch.autocast(kind, enabled=False):
                 return entry.plan.run(tensors)
         return entry.plan.run(tensors)
 
@@ -132,10 +147,11 @@ class AcceleratedModule(nn.Module):
                 "accelerate: gradients do not flow through an accelerated model, got an input that requires grad; call "
                 "it under torch.no_grad() or train the original model"
             )
-        key = (spec, *map(_leaf_key, leaves))
+        key = (spec, *map(self._leaf_key, leaves))
         entry = self._plans.get(key)
         if entry is None:
-            with self._lock, torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            off = torch.autocast(self.device.type, enabled=False)
+            with self._lock, torch.inference_mode(False), torch.no_grad(), off:
                 entry = self._plans.get(key) or self._prepare(args, kwargs, leaves, key)
         entry.used = next(self._clock)
         if entry is not self._last:
@@ -149,16 +165,20 @@ class AcceleratedModule(nn.Module):
     def _prepare(self, args: tuple, kwargs: dict[str, Any], leaves: Any, key: tuple) -> _Entry:
         spec = pytree.tree_structure((args, kwargs))
         mismatch = self._check(leaves, self._examples.get(spec))
+        if self.dtype is not None:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, self._converted, (args, kwargs))
+            leaves = [self._converted(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         capture = next((c for c in self._captures if c.spec == spec and c.serves(leaves)), None)
         known = capture is not None
         if not known:
             # What torch.compile made of a part reads the memory of its inputs, which those of a capture do not have.
             try:
                 with _capture_lock(), torch.compiler.set_stance("force_eager"):
-                    capture = _capture(_frozen_copy(self._model), args, kwargs)
+                    model = _frozen_copy(self._model)
+                    capture = _capture(model if self.dtype is None else model.to(self.dtype), args, kwargs)
             except ValueError as error:
                 raise ValueError(mismatch or str(error)) from error
-        plan = build(optimise(capture.lower(leaves, _state(self._model))), self._packed, _C.cpu_isa())
+        plan = self._build(capture, leaves)
         if self.strict and plan.report.fallbacks:
             rows = "; ".join(f"{row.name}: {row.fallback}" for row in plan.report.fallbacks)
             raise NotImplementedError(f"accelerate: strict=True allows no step through ATen, got {rows}")
@@ -172,6 +192,24 @@ class AcceleratedModule(nn.Module):
         entry = self._plans[key] = _Entry(plan, capture)
         return entry
 
+    def _build(self, capture: Capture, leaves: Any) -> Plan | cuda.CudaPlan:
+        dtypes = _CPU_DTYPES if self.backend == "cpp" else cuda.KERNEL_DTYPES
+        graph = optimise(capture.lower(leaves, _state(self._model), dtypes))
+        if self.backend == "cpp":
+            return build(graph, self._packed, _C.cpu_isa())
+        return cuda.build(graph, self._packed, self.device)
+
+    def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def _leaf_key(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            dtype = leaf.dtype if self.dtype is None or not leaf.is_floating_point() else self.dtype
+            return (leaf.shape, dtype, leaf.is_cpu or leaf.device, leaf.layout, type(leaf))
+        if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
+            return (type(leaf), repr(leaf))  # repr tells -0.0 from 0.0, and finds NaN again
+        raise TypeError(f"accelerate: inputs must be tensors, numbers or strings, got {type(leaf).__name__}")
+
     def _check(self, leaves: Any, examples: list[Any] | None) -> str | None:
         """Refuses inputs unlike the ones captured first; their batch and image size may differ. Few models take images
         of other channels: what to say if this one does not is returned.
@@ -181,8 +219,8 @@ class AcceleratedModule(nn.Module):
             if not isinstance(leaf, torch.Tensor):
                 continue
             what = f"accelerate: input {i}" if len(leaves) > 1 else "accelerate: input"
-            if not leaf.is_cpu:
-                raise ValueError(f"{what} must be on the CPU, got {leaf.device}")
+            if leaf.device != self.device:
+                raise ValueError(f"{what} must be on {_place(self.device)}, got {_place(leaf.device)}")
             if leaf.layout != torch.strided:
                 raise ValueError(f"{what} must be strided, got {leaf.layout}")
             if type(leaf).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -190,7 +228,7 @@ class AcceleratedModule(nn.Module):
             if examples is None or examples[i] is None:
                 continue
             shape, dtype = examples[i]
-            if leaf.dtype != dtype:
+            if leaf.dtype != dtype and (self.dtype is None or not leaf.is_floating_point()):
                 raise TypeError(f"{what} must be {dtype}, got {leaf.dtype}")
             if leaf.dim() != len(shape):
                 raise ValueError(f"{what} must have {len(shape)} dimensions, got shape {tuple(leaf.shape)}")
@@ -227,6 +265,8 @@ class AcceleratedModule(nn.Module):
             raise ValueError(f"accelerate: runs must be at least 1, got {runs}")
         with torch.no_grad():
             tensors, entry = self._plan(args, kwargs)
+            if self.backend == "triton":
+                return measure_cuda(entry.plan, tensors, runs)
             return measure(entry.plan, tensors, entry.plan.report.isa, runs)
 
     def refresh(self) -> AcceleratedModule:
@@ -280,7 +320,7 @@ class AcceleratedModule(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         dtype = next((t.dtype for t in _state(self._model).values() if t.is_floating_point()), torch.float32)
-        probe = torch.zeros(1, dtype=dtype)
+        probe = torch.zeros(1, dtype=dtype, device=self.device)
         moved = fn(probe)
         if moved.dtype != probe.dtype or moved.device != probe.device:
             raise NotImplementedError(
@@ -290,11 +330,11 @@ class AcceleratedModule(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self._model, "strict": self.strict}
+        return {"model": self._model, "strict": self.strict, "dtype": self.dtype, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__init__(self)
-        self._set_up(state["model"], state["strict"])
+        self._set_up(state["model"], state["strict"], state["dtype"], state["backend"])
 
     def __deepcopy__(self, memo: dict) -> AcceleratedModule:
         clone = object.__new__(type(self))
@@ -303,7 +343,8 @@ class AcceleratedModule(nn.Module):
         return clone
 
     def extra_repr(self) -> str:
-        return f"{type(self._model).__name__}, isa={_C.cpu_isa()}, plans={len(self._plans)}"
+        runs_on = f"isa={_C.cpu_isa()}" if self.backend == "cpp" else f"backend=triton, device={self.device}"
+        return f"{type(self._model).__name__}, {runs_on}, plans={len(self._plans)}"
 
 
 def accelerate(
@@ -312,31 +353,39 @@ def accelerate(
     example_kwargs: dict[str, Any] | None = None,
     *,
     strict: bool = False,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> AcceleratedModule:
-    """A fast copy of ``model`` for inference on CPU; the model itself is left as it is.
+    """A fast copy of ``model`` for inference on the device that it is on; the model itself is left as it is.
 
     Batch norm is folded, activations, squeeze-excite gates and residuals are fused into the convolutions, weights are
-    packed once, and the network runs as one call over one reused arena. What has no kernel of ours runs through ATen
-    and is named by ``explain()``.
+    packed once, and the network runs as one call over one reused arena: of C++ kernels on CPU, of Triton kernels in a
+    CUDA graph on an NVIDIA GPU. What has no kernel of ours runs through ATen and is named by ``explain()``.
 
     Args:
-        model: any module in evaluation mode that ``torch.export`` can capture, on CPU. Kernels serve float32 and
-            float64, other dtypes run through ATen. Its weights are taken now; ``refresh()`` takes them again.
+        model: any module in evaluation mode that ``torch.export`` can capture, on CPU or one CUDA device. Kernels serve
+            float32 and float64, on CUDA float16 and bfloat16 as well; other dtypes run through ATen. Its weights are
+            taken now; ``refresh()`` takes them again.
         example_inputs: a tensor or a tuple of positional inputs. Given, the graph is captured at once (a second or
             two); otherwise at the first call.
         example_kwargs: keyword inputs, with or without ``example_inputs``.
         strict: raise NotImplementedError where something would run through ATen.
+        dtype: on CUDA, the floating-point dtype to compute in: weights are folded from those of the model in float64,
+            then converted; inputs of any floating-point dtype are; outputs are what ``model.to(dtype)`` gives.
+        backend: None for what serves the device: "cpp" or "triton", which raises NotImplementedError where it can't.
 
     Returns:
-        A module with the model's inputs and outputs, held to it within float32 rounding. New batch sizes are planned in
-        milliseconds, new image sizes captured again with the weights shared.
+        A module with the model's inputs and outputs, held to it within the dtype's rounding. New batch sizes are
+        planned in milliseconds (on CUDA a second or so, for kernels are compiled), new image sizes captured again with
+        the weights shared.
 
     Raises:
         TypeError: ``model`` is no module; at a call, an input is of another dtype than the model takes.
-        ValueError: the model is in training mode, cannot be copied, or is not on the CPU; at a call, an input is on
-            another device, or has another rank or channel count than the model takes.
-        NotImplementedError: ``torch.export`` cannot capture the model, the model changes its own weights, or a part of
-            it is TorchScript.
+        ValueError: the model is in training mode, cannot be copied, or is on several devices or on one that is neither
+            a CPU nor CUDA; at a call, an input is on another device, or has another rank or channel count than the
+            model takes.
+        NotImplementedError: ``torch.export`` cannot capture the model, the model changes its own weights, a part of it
+            is TorchScript, ``dtype`` is given on CPU, or ``backend`` does not serve the device.
         RuntimeError: at a call with gradients enabled, an input requires grad.
     """
     if not isinstance(model, nn.Module):
@@ -351,10 +400,7 @@ def accelerate(
             )
         if module.training and not exported:
             raise ValueError(f"accelerate: model must be in evaluation mode, but {where} in training mode; call eval()")
-    for name, tensor in _state(model).items():
-        if tensor.device.type != "cpu":
-            raise ValueError(f"accelerate: model must be on the CPU, got '{name}' on {tensor.device}")
-    fast = AcceleratedModule(model, strict=strict)
+    fast = AcceleratedModule(model, strict=strict, dtype=dtype, backend=backend)
     if example_inputs is not None or example_kwargs is not None:
         args = () if example_inputs is None else example_inputs
         args = tuple(args) if isinstance(args, (tuple, list)) else (args,)
@@ -427,12 +473,43 @@ def _is_traced() -> bool:
     )
 
 
-def _leaf_key(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return (leaf.shape, leaf.dtype, leaf.is_cpu, leaf.layout, type(leaf))
-    if leaf is None or isinstance(leaf, (bool, int, float, complex, str, torch.dtype, torch.device)):
-        return (type(leaf), repr(leaf))  # repr tells -0.0 from 0.0, and finds NaN again
-    raise TypeError(f"accelerate: inputs must be tensors, numbers or strings, got {type(leaf).__name__}")
+def _device(model: nn.Module) -> torch.device:
+    """Where the model is: on the CPU if it has no tensors."""
+    device = torch.device("cpu")
+    for i, (name, tensor) in enumerate(_state(model).items()):
+        if i > 0 and tensor.device != device:
+            raise ValueError(
+                f"accelerate: model must be on one device, got '{name}' on {tensor.device} and others on {device}"
+            )
+        device = tensor.device
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"accelerate: model must be on the CPU or a CUDA device, got '{name}' on {device}")
+    return device
+
+
+def _place(device: torch.device) -> str:
+    return "the CPU" if device.type == "cpu" else str(device)
+
+
+def _backend(device: torch.device, dtype: torch.dtype | None, backend: str | None) -> str:
+    if backend not in (None, "cpp", "triton"):
+        raise ValueError(f"accelerate: backend must be None, 'cpp' or 'triton', got {backend!r}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"accelerate: dtype must be a torch.dtype, got {type(dtype).__name__}")
+    if dtype is not None and dtype not in cuda.KERNEL_DTYPES:
+        names = ", ".join(map(str, cuda.KERNEL_DTYPES))
+        raise ValueError(f"accelerate: dtype must be one of {names}, got {dtype}")
+    if backend is None:
+        backend = "cpp" if device.type == "cpu" else "triton"
+    if backend == "cpp" and device.type != "cpu":
+        raise NotImplementedError(f"accelerate: backend 'cpp' takes models on the CPU, got one on {device}")
+    if backend == "cpp" and dtype is not None:
+        raise NotImplementedError(
+            f"accelerate: dtype is for models on CUDA, got {dtype} for one on the CPU; accelerate model.to({dtype})"
+        )
+    if backend == "triton" and (why := cuda.why_unavailable(device)):
+        raise NotImplementedError(f"accelerate: {why}")
+    return backend
 
 
 def _example(leaf: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _C
 from .batch import split_batch
-from .blocks import fuse_blocks
+from .blocks import by_cache, fuse_blocks
 from .graph import BatchNorm, Call, Constant, Graph, Node, Slot, Weights
 from .outputs import Structure
 from .passes import has_kernel, is_affine, is_alias, is_dense, is_depthwise, is_pointwise, is_sum
@@ -39,6 +39,8 @@ class PackedWeights:
         packed = self._packed.get(key)
         if packed is None:
             weight, bias = fold(weights, constants)
+            dtype = constants[weights.weight].dtype
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
             self._packed[key] = packed = getattr(_C, f"pack_{kind}")(weight, bias, isa, self._memory)
         return packed
 
@@ -47,14 +49,13 @@ class PackedWeights:
 
 
 def fold(weights: Weights, constants: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(K, C, kH, kW) weight and (K,) bias with what follows folded in, computed in float64, in the weight's dtype."""
+    """(K, C, kH, kW) weight and (K,) bias with what follows folded in, in float64 if anything does."""
 
     def get(name: str | None, default: float) -> torch.Tensor | float:
         return default if name is None else constants[name].detach().double()
 
     with torch.no_grad():
-        original = constants[weights.weight].detach()
-        weight = original
+        weight = constants[weights.weight].detach()
         bias = None if weights.bias is None else constants[weights.bias].detach()
         for norm in weights.folded:
             if isinstance(norm, float):
@@ -66,7 +67,7 @@ def fold(weights: Weights, constants: dict[str, torch.Tensor]) -> tuple[torch.Te
             bias = bias * scale + get(norm.bias, 0.0)
         if weight.dim() == 2:
             weight = weight[:, :, None, None]
-        return weight.to(original.dtype), None if bias is None else bias.to(original.dtype)
+        return weight, bias
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Plan:
         """The model's outputs. Images among them are channels_last where one of the inputs is."""
         results = self.engine.run(inputs)
         if self.images:
-            memory_format = torch.channels_last if any(map(_is_channels_last, inputs)) else torch.contiguous_format
+            memory_format = torch.channels_last if any(map(is_channels_last, inputs)) else torch.contiguous_format
             for i in self.images:
                 results[i] = results[i].contiguous(memory_format=memory_format)
         if self._single:
@@ -158,7 +159,7 @@ class Plan:
         return self.out_spec.unflatten(leaves)
 
 
-def _is_channels_last(tensor: torch.Tensor) -> bool:
+def is_channels_last(tensor: torch.Tensor) -> bool:
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -180,7 +181,7 @@ class _Value:
 
 def build(graph: Graph, packed: PackedWeights, isa: str) -> Plan:
     cache = _C.l2_cache_bytes()
-    fuse_blocks(graph, cache, 3 * cache // 4)
+    fuse_blocks(graph, by_cache(cache, 3 * cache // 4))
     split_batch(graph, runs_here, cache, torch.get_num_threads())
     return _Builder(graph, packed, isa).build()
 
@@ -249,7 +250,7 @@ class _Builder:
             reads = [self.ids[source] for source in node.inputs]
             writes = [self.ids[node], *([self.sums[node]] if node in self.sums else [])]
             reads += [self.sums[source] for source in node.inputs[:1] if source in self.sums]
-            self.step(node, _operation(node), "", reads, writes, emit)
+            self.step(node, describe_operation(node), "", reads, writes, emit)
         results = [self.result(output) for output in self.graph.outputs if isinstance(output, Node)]
         self.widen_lifetimes()
         arena_bytes, part_bytes = self.place("arena"), self.place("part")
@@ -274,7 +275,7 @@ class _Builder:
             engine.parts = node.parts
             emit(engine)
         rows = tuple(
-            Row(node.name, operation, node.whole_shape, kernel, fallback, _macs(node, self.graph.constants), size)
+            Row(node.name, operation, node.whole_shape, kernel, fallback, macs_of(node, self.graph.constants), size)
             for (node, operation, fallback, size), kernel in zip(self.rows, engine.describe(), strict=True)
         )
         parts = max((node.parts for node, *_ in self.rows), default=1)
@@ -585,14 +586,14 @@ class _Builder:
             if isinstance(value, Slot):
                 return _C.ValueRef(self.ids[node.inputs[value.index]])
             if isinstance(value, Constant):
-                return self.graph.constants[value.name].detach()
+                return value.of(self.graph.constants).detach()
             return [argument(each) for each in value] if isinstance(value, list) else value
 
         def emit(engine: _C.Plan) -> None:
             arguments = [argument(value) for value in call.arguments]
             engine.add_aten(call.target._schema.name, call.target._schema.overload_name, arguments, outputs, returned)
 
-        self.step(node, _operation(node), _why_aten(node), reads, [o for o in outputs if o >= 0], emit)
+        self.step(node, describe_operation(node), why_aten(node), reads, [o for o in outputs if o >= 0], emit)
 
 
 _NATIVE = ("inverted_residual", "squeeze_excite", "global_avg_pool", "pool2d", "gate", "activation", "cat", "channels")
@@ -653,7 +654,7 @@ def makes_sums(node: Node) -> bool:
     return is_depthwise(node) or (node.op == "inverted_residual" and node.attrs["project"] is None)
 
 
-def _macs(node: Node, constants: dict[str, torch.Tensor]) -> int:
+def macs_of(node: Node, constants: dict[str, torch.Tensor]) -> int:
     attrs = node.attrs
 
     def size(*names: str) -> int:
@@ -683,7 +684,7 @@ def _image(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     return (torch.Size(shape[:-1]).numel(), shape[-1] if shape else 1, 1, 1)
 
 
-def _operation(node: Node) -> str:
+def describe_operation(node: Node) -> str:
     if node.op == "activation":
         return node.activation
     if node.op == "conv2d":
@@ -697,7 +698,7 @@ def _operation(node: Node) -> str:
     return " + ".join(parts)
 
 
-def _why_aten(node: Node) -> str:
+def why_aten(node: Node) -> str:
     if node.op == "conv2d":
         groups = node.attrs["groups"]
         if groups == node.inputs[0].shape[1]:

@@ -1,0 +1,127 @@
+"""How long a step of a network takes on a GPU, by counting: what the planner chooses fused blocks by, and what
+measurements are held against.
+
+A step takes as long as its slowest resource: memory, tensor cores, or the instructions of its threads; and a launch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .graph import Node
+from .passes import is_depthwise
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a GPU. Bytes, multiply-adds and instructions of single threads a second; the defaults are an H100's."""
+
+    copy_bytes: float = 3.0e12
+    """What a copy between two tensors in memory reaches, reads and writes together."""
+    l2_bytes_a_second: float = 5.5e12
+    l2_bytes: int = 50 * 2**20
+    half_macs: float = 330e12
+    """On tensor cores, two thirds of the nominal 495, as large products reach."""
+    tf32_macs: float = 165e12
+    instructions: float = 28e12
+    """132 multiprocessors of 128 lanes at 1.7 GHz."""
+    multiprocessors: int = 132
+    launch_seconds: float = 1.5e-6
+    """From the end of one kernel to the start of the next in a CUDA graph."""
+
+
+H100 = Limits()
+A100 = Limits(1.6e12, 3.0e12, 40 * 2**20, 104e12, 52e12, 9.7e12, 108)
+
+
+def limits_of(device: torch.device) -> Limits:
+    """Those of the chip of the table that is most like the device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0):
+        return H100
+    return A100
+
+
+# Instructions that a thread issues for each element, read off the compiled kernels: a bias, an activation, a conversion
+# and a share of the pointers.
+_EPILOGUE = 8
+# Beside the multiply-add of each tap: a share of the loads, conversions and pointers of the rows that it reads.
+_TAP = 1.6
+# For each element that a fused block expands anew: activation, two conversions, the border's zero, the multiply-add.
+_EXPANDED = 9
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step asks of a GPU."""
+
+    memory_bytes: float
+    cached_bytes: float
+    """Of tensors small enough to be in the L2 cache since they were written."""
+    macs: float = 0
+    """On tensor cores."""
+    instructions: float = 0
+    programs: int = 10**9
+    """That can run at the same time: fewer than there are multiprocessors leave some idle."""
+    dtype: torch.dtype = torch.float16
+
+    def seconds(self, limits: Limits = H100) -> float:
+        if self.dtype.itemsize == 8:
+            macs = limits.tf32_macs / 8
+        else:
+            macs = limits.half_macs if self.dtype.itemsize == 2 else limits.tf32_macs
+        share = min(1.0, self.programs / limits.multiprocessors)
+        slowest = max(
+            self.memory_bytes / limits.copy_bytes + self.cached_bytes / limits.l2_bytes_a_second,
+            self.macs / macs,
+            self.instructions / limits.instructions,
+        )
+        return limits.launch_seconds + slowest / share
+
+
+def work_of(node: Node, weights_elements: int = 0, limits: Limits = H100) -> Work:
+    """Of a node as one step, which reads ``weights_elements`` of weights."""
+    elements = torch.Size(node.shape).numel()
+    size = node.dtype.itemsize
+    tensors = [torch.Size(n.shape).numel() * size for n in {node, *node.inputs}]
+    cached = sum(each for each in tensors if each <= limits.l2_bytes // 2)
+    memory = sum(tensors) - cached + weights_elements * size
+    channels = max(1, node.shape[1] if len(node.shape) > 1 else 1)
+    macs = instructions = 0.0
+    programs = 10**9
+    if is_depthwise(node):
+        instructions = elements * (_TAP * math.prod(node.attrs["kernel"]) + _EPILOGUE)
+    elif node.op == "pool2d":
+        instructions = elements * (_TAP * math.prod(node.attrs["kernel"]) + _EPILOGUE)
+    elif node.op in ("conv2d", "linear"):
+        macs = weights_elements * elements / channels
+        instructions = elements * _EPILOGUE
+    elif node.op == "inverted_residual":
+        macs, instructions, programs = _block(node)
+    else:
+        instructions = elements * _EPILOGUE
+    return Work(memory, cached, macs, instructions, programs, node.dtype)
+
+
+def _block(node: Node) -> tuple[float, float, int]:
+    """Multiply-adds on tensor cores, instructions and programs of triton_kernels/inverted_residual.py."""
+    rows, columns = 2, 16
+    a, (n, out_channels, h, w) = node.attrs, node.shape
+    (kernel_h, kernel_w), stride = a["kernel"], a["stride"][0]
+    pixels, hidden = n * h * w, a["hidden"]
+    instructions = pixels * hidden * (_TAP * kernel_h * kernel_w + _EPILOGUE)
+    macs = 0.0
+    if a["expand"]:
+        # Each tap expands its pixels anew, for the rows of an output that share them.
+        anew = kernel_w * ((rows - 1) * stride + kernel_h) / rows
+        macs += pixels * hidden * anew * max(16, node.inputs[0].shape[1])
+        instructions += pixels * hidden * anew * _EXPANDED
+    programs = n * -(-h // rows) * -(-w // columns)
+    if a["project"]:
+        macs += pixels * hidden * max(16, out_channels)
+        instructions += pixels * out_channels * _EPILOGUE
+    else:
+        programs *= -(-hidden // 16)
+    return macs, instructions, programs
