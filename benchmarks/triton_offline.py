@@ -163,13 +163,22 @@ def layers(dtype: torch.dtype, channels_last: bool, full: bool = True) -> Iterat
             ),
         )
     for c, size in ((16, 112), (72, 56), (960, 7)) if full else ((72, 56),):
-        x, v = image(32, c, size, size), vector(c, wide=True)
+        x, v, bias = image(32, c, size, size), vector(c, wide=True), vector(c)
         label = f"{c} × {size}²"
         yield label, lambda x=x, v=v: triton_kernels.batch_norm_act(x, v, v, v, v, 1e-3, "hardswish")
         yield label, lambda x=x, v=v: triton_kernels.batch_norm_act_training(x, v, v, v, v, 0.1, 1e-3, "hardswish")
         yield label, lambda x=x, v=v: triton_kernels.batch_norm_act_backward(x, x, v, v, v, v, "hardswish")
+        yield label, lambda x=x, b=bias: triton_kernels.epilogue(x, b, x, activation="hardswish")
+        yield label, lambda x=x: triton_kernels.global_avg_pool(x)
         w = vector(c // 4, c, 1, 1)
         yield label, lambda x=x, w=w: triton_kernels.squeeze_excite(x, w, None, w.reshape(-1, len(w), 1, 1), None)
+    for c, size, k, s, mean in ((64, 147, 3, 2, False), (288, 35, 3, 1, True)):
+        x, out = image(32, c, size, size), size if s == 1 else size // 2
+        y = image(32, 2 * c, out, out)[:, :c]
+        yield (
+            f"{c} × {size}², {k} × {k}, stride {s}",
+            lambda a=(x, (k, k), (s, s), (s % 2, s % 2), (1, 1), mean), y=y: triton_kernels.pool2d(*a, out=y),
+        )
     if channels_last:
         for c, e, k, size, kernel, s in ((16, 64, 24, 112, 3, 2), (24, 72, 24, 56, 3, 1), (40, 120, 40, 28, 5, 1)):
             if not full and c != 24:

@@ -2,6 +2,9 @@
 
 import importlib
 import os
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
 
 import pytest
 import test_batch_norm_act as batch_norm_act_cases
@@ -82,6 +85,39 @@ def run_and_check(operation, args):
     assert actual.dtype == args[0].dtype
     check(operation, actual.cpu(), args)
     return actual
+
+
+def channels_of_larger(values, offset):
+    """These values, if any, in channels from ``offset`` on of a channels_last image that is NaN elsewhere."""
+    n, c, h, w = values.shape
+    larger = torch.full((n, h, w, offset + c + 8), torch.nan, dtype=values.dtype, device=DEVICE).permute(0, 3, 1, 2)
+    view = larger[:, offset : offset + c]
+    view.copy_(values)
+    return larger, view
+
+
+@contextmanager
+def no_copies(*operands):
+    """Fails where one of these is copied into another layout."""
+    contiguous = torch.Tensor.contiguous
+
+    def checked(self, *args, **kwargs):
+        assert not any(self.data_ptr() == operand.data_ptr() for operand in operands), "an operand is copied"
+        return contiguous(self, *args, **kwargs)
+
+    with mock.patch.object(torch.Tensor, "contiguous", checked):
+        yield
+
+
+def run_in_place_of_channels(launcher, shape, offset, dtype, *operands):
+    """What ``launcher(out=)`` writes into channels of a larger image, without a copy of operands, and nowhere else."""
+    larger, out = channels_of_larger(torch.full(shape, torch.nan, dtype=dtype), offset)
+    with no_copies(*operands):
+        launcher(out=out)
+    result = out.clone()
+    out.fill_(torch.nan)
+    assert larger.isnan().all()
+    return result.cpu()
 
 
 def strides_on_cpu(operation, args):
@@ -395,3 +431,199 @@ def test_inverted_residual(case):
     if with_sums:
         terms += shape[2] * shape[3]
         tolerance.assert_close(sums.sum(1).cpu().to(dtype), exact.sum((2, 3)), terms, scale.sum((2, 3)))
+
+
+OFFSETS = (0, 8, 24, 4, 3)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("channels, size", [(16, (5, 4)), (13, (7, 7)), (8, (1, 1)), (1, (5, 4))])
+def test_channels_of_larger_images(channels, size, offset, dtype):
+    """Branches of a network read and write channels of what is concatenated."""
+    shape = (2, channels, *size)
+    input = operand(shape, "channels_last", dtype)
+    _, x = channels_of_larger(input, offset)
+    depthwise = (operand((channels, 1, 3, 3), dtype=dtype, seed=1), operand((channels,), dtype=dtype, seed=2))
+    geometry = (1, 1), (1, 1), (1, 1)
+    launcher = partial(triton_kernels.depthwise_conv2d, x, *on_device(depthwise), *geometry, "hardswish")
+    output = run_in_place_of_channels(launcher, shape, offset, dtype, x)
+    check("depthwise_conv2d", output, (input, *depthwise, *geometry, "hardswish"))
+
+    pointwise = operand((24, channels, 1, 1), dtype=dtype, seed=3), operand((24,), dtype=dtype, seed=4)
+    residual = operand((2, 24, *size), "channels_last", dtype, 5)
+    _, r = channels_of_larger(residual, 16)
+    launcher = partial(triton_kernels.pointwise_conv2d, x, *on_device(pointwise), "relu", None, r)
+    output = run_in_place_of_channels(launcher, (2, 24, *size), offset, dtype, x, r)
+    check("pointwise_conv2d", output, (input, *pointwise, "relu", None, residual))
+
+    launcher = partial(
+        triton_kernels.inverted_residual,
+        *(x, None, on_device(depthwise), on_device(pointwise), *geometry, ("none", "relu6", "none"), r),
+    )
+    output = run_in_place_of_channels(launcher, (2, 24, *size), offset, dtype, x, r)
+    wide = double((input, *depthwise, *pointwise, residual))
+    exact = F.conv2d(F.relu6(F.conv2d(*wide[:3], padding=1, groups=channels)), *wide[3:5]) + wide[5]
+    wide = [t.abs() for t in wide]
+    scale = F.conv2d(F.conv2d(*wide[:3], padding=1, groups=channels), *wide[3:5]) + wide[5]
+    tolerance.assert_close(output, exact, 9 + channels + 4, scale)
+
+
+EPILOGUE = pairwise(
+    dtype=DTYPES,
+    layout=LAYOUTS,
+    channels=CHANNELS,
+    map_size=MAPS + ((9, 33),),
+    batch=(1, 2, 3, 0),
+    bias=(True, False),
+    residual=(None, "contiguous", "channels_last", "sliced", "transposed"),
+    gate=(None, "contiguous", "sliced"),
+    activation=ACTIVATIONS,
+    out=(None, "input", "channels"),
+)
+
+
+@pytest.mark.parametrize("case", EPILOGUE, ids=case_id)
+def test_epilogue(case):
+    dtype, (batch, channels) = case["dtype"], (case["batch"], case["channels"])
+    shape = (batch, channels, *case["map_size"])
+    input = operand(shape, case["layout"], dtype)
+    bias = operand((channels,), dtype=dtype, seed=1) if case["bias"] else None
+    residual = case["residual"] and operand(shape, case["residual"], dtype, 2)
+    gate = case["gate"] and operand((batch, channels, 1, 1), case["gate"], dtype, 3)
+
+    def formula(input, bias, residual, gate):
+        input = input if gate is None else input * gate
+        input = input if bias is None else input + bias[:, None, None]
+        return input if residual is None else input + residual
+
+    wide = [None if t is None else t.double() for t in (input, bias, residual, gate)]
+    exact = reference.activation(formula(*wide), case["activation"])
+    scale = formula(*(None if t is None else t.abs() for t in wide)) + tolerance.bounded(case["activation"])
+    operands = (bias, residual, gate, case["activation"])
+    if case["out"] is None:
+        output = run("epilogue", (input, *operands))
+    elif case["out"] == "channels":
+        launcher = partial(triton_kernels.epilogue, *on_device((input, *operands)))
+        output = run_in_place_of_channels(launcher, shape, 8, dtype)
+    else:
+        # In place, where pixels lie at equal distances.
+        layout = {"sliced": "contiguous", "transposed": "contiguous"}.get(case["layout"], "channels_last")
+        (x, *rest) = on_device((operand(shape, layout, dtype), *operands))
+        output = triton_kernels.epilogue(x, *rest, out=x)
+        assert output is x
+    assert output.dtype == dtype
+    tolerance.assert_close(output.cpu(), exact, 3, scale)
+
+
+@pytest.mark.parametrize("activation", ("none", "relu6", "silu"))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_epilogue_of_nan_and_infinities(layout, activation):
+    input = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.5]).reshape(1, 1, 2, 2).repeat(1, 8, 1, 1)
+    input = input.to(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    output = run("epilogue", (input, None, None, None, activation))
+    tolerance.assert_close(output.cpu(), reference.activation(input.double(), activation), 1, 1.0)
+
+
+POOLED = pairwise(
+    dtype=DTYPES,
+    layout=LAYOUTS,
+    channels=CHANNELS,
+    map_size=MAPS + ((9, 33), (24, 25)),
+    batch=(1, 2, 0),
+    known=(False, True),
+    out=(False, True),
+)
+
+
+@pytest.mark.parametrize("case", POOLED, ids=case_id)
+def test_global_avg_pool(case):
+    dtype, (batch, channels) = case["dtype"], (case["batch"], case["channels"])
+    input = operand((batch, channels, *case["map_size"]), case["layout"], dtype)
+    (x,) = on_device([input])
+    with poisoned_memory():
+        sums = triton_kernels.sum_pixels(x) if case["known"] else None
+        if case["out"]:
+            larger = torch.empty(batch, channels + 11, 1, 1, dtype=dtype, device=DEVICE)
+            output = larger[:, 3 : 3 + channels]
+            assert triton_kernels.global_avg_pool(x, sums=sums, out=output) is output
+            assert larger[:, :3].isnan().all() and larger[:, 3 + channels :].isnan().all()
+        else:
+            output = triton_kernels.global_avg_pool(x, sums=sums)
+    assert output.dtype == dtype
+    exact, scale = input.double().mean((2, 3), keepdim=True), input.double().abs().mean((2, 3), keepdim=True)
+    tolerance.assert_close(output.cpu(), exact, input.shape[2] * input.shape[3] + 1, scale)
+
+
+def pool_fits(kernel, padding, dilation, map_size, kind, **_):
+    return all(
+        (dilation == 1 or kind == "max")
+        and 2 * padding <= k
+        and dilation * (k - 1) < size + 2 * padding
+        and (dilation == 1 or padding < size)
+        for k, size in zip(kernel, map_size, strict=True)
+    )
+
+
+POOL = pairwise(
+    pool_fits,
+    dtype=DTYPES,
+    kind=("max", "mean", "mean of padding", "divided"),
+    layout=LAYOUTS,
+    channels=CHANNELS,
+    kernel=((2, 2), (3, 3), (5, 5), (3, 5), (1, 4)),
+    stride=((1, 1), (2, 2), (3, 1), (1, 2)),
+    padding=(0, 1, 2),
+    dilation=(1, 2),
+    ceil_mode=(False, True),
+    map_size=MAPS + ((9, 12),),
+    batch=(1, 2, 0),
+    out=("contiguous", "channels_last", "channels"),
+)
+
+
+@pytest.mark.parametrize("case", POOL, ids=case_id)
+def test_pool2d(case):
+    dtype, kernel, stride, padding, kind = (case[name] for name in ("dtype", "kernel", "stride", "padding", "kind"))
+    shape = (case["batch"], case["channels"], *case["map_size"])
+    input = operand(shape, case["layout"], dtype)
+    mean, count_padding, divisor = kind != "max", kind == "mean of padding", 7 if kind == "divided" else 0
+
+    def formula(x):
+        if len(x) == 0:  # which PyTorch refuses
+            return formula(x.new_zeros(1, *x.shape[1:]))[:0]
+        if mean:
+            return F.avg_pool2d(x, kernel, stride, padding, case["ceil_mode"], count_padding, divisor or None)
+        return F.max_pool2d(x, kernel, stride, padding, case["dilation"], case["ceil_mode"])
+
+    exact, scale = formula(input.double()), formula(input.double().abs())
+    (x,) = on_device([input])
+    window = kernel, stride, (padding, padding), (case["dilation"],) * 2, mean, count_padding, divisor
+    launcher = partial(triton_kernels.pool2d, x, *window)
+    if case["out"] == "channels":
+        output = run_in_place_of_channels(launcher, tuple(exact.shape), 8, dtype)
+    else:
+        memory_format = torch.channels_last if case["out"] == "channels_last" else torch.contiguous_format
+        output = torch.full_like(exact, torch.nan, dtype=dtype, device=DEVICE, memory_format=memory_format)
+        launcher(out=output)
+    # Maxima are exact.
+    tolerance.assert_close(output.cpu(), exact, (kernel[0] * kernel[1] + 1) * mean, scale)
+
+
+@pytest.mark.parametrize("mean", (False, True))
+def test_pool2d_of_nan_and_infinities(mean):
+    input = torch.linspace(-1, 1, 49).reshape(1, 1, 7, 7)
+    input[0, 0, 1, 1], input[0, 0, 5, 5], input[0, 0, 5, 0] = torch.nan, torch.inf, -torch.inf
+    output = torch.empty(1, 1, 7, 7, device=DEVICE)
+    triton_kernels.pool2d(*on_device([input]), (3, 3), (1, 1), (1, 1), mean=mean, out=output)
+    pool = partial(F.avg_pool2d, count_include_pad=False) if mean else F.max_pool2d
+    tolerance.assert_close(output.cpu(), pool(input.double(), 3, 1, 1), 10, 1.0)
+
+
+def test_pool2d_reads_channels_of_a_larger_image():
+    input = operand((2, 16, 6, 5), "channels_last", torch.float16)
+    for offset in OFFSETS:
+        _, x = channels_of_larger(input, offset)
+        launcher = partial(triton_kernels.pool2d, x, (3, 3), (2, 2))
+        output = run_in_place_of_channels(launcher, (2, 16, 2, 2), offset, torch.float16, x)
+        assert torch.equal(output, F.max_pool2d(input.float(), 3, 2).half())

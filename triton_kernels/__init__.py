@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from .batch_norm_act import batch_norm_act, batch_norm_act_backward, batch_norm_act_training
 from .depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_backward
+from .epilogue import epilogue
 from .inverted_residual import inverted_residual
 from .pointwise_conv2d import pointwise_conv2d
-from .squeeze_excite import apply_gate, squeeze_excite, squeeze_excite_gate, sum_pixels
+from .pool2d import global_avg_pool, pool2d, sum_pixels
+from .squeeze_excite import squeeze_excite, squeeze_excite_gate
 
 __all__ = [
-    "apply_gate",
     "batch_norm_act",
     "batch_norm_act_backward",
     "batch_norm_act_training",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
+    "epilogue",
+    "global_avg_pool",
     "inverted_residual",
     "pointwise_conv2d",
+    "pool2d",
     "squeeze_excite",
     "squeeze_excite_gate",
     "sum_pixels",

@@ -168,6 +168,11 @@ def image_tile(channels_last: bool, itemsize: int, pixels: int, channels: int) -
     return ImageTile(block_p, fit(channels, 1, elements // block_p), 4)
 
 
+def pool_tile(channels_last: bool, itemsize: int, pixels: int, channels: int) -> ImageTile:
+    """As `image_tile`; in contiguous images, whose pixels are loaded one by one, four a thread: more take registers."""
+    return image_tile(channels_last, itemsize if channels_last else 8, pixels, channels)
+
+
 @dataclass(frozen=True)
 class BlockTile(Tile):
     """Of a fused block: the piece of the output, and the blocks of input, hidden and output channels."""
