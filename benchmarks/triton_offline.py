@@ -169,7 +169,7 @@ def layers(dtype: torch.dtype, channels_last: bool, full: bool = True) -> Iterat
         yield label, lambda x=x, v=v: triton_kernels.batch_norm_act_training(x, v, v, v, v, 0.1, 1e-3, "hardswish")
         yield label, lambda x=x, v=v: triton_kernels.batch_norm_act_backward(x, x, v, v, v, v, "hardswish")
         yield label, lambda x=x, b=bias: triton_kernels.epilogue(x, b, x, activation="hardswish")
-        yield label, lambda x=x: triton_kernels.global_avg_pool(x)
+        yield label, lambda x=x: triton_kernels.global_avg_pool(x, out=image(*x.shape[:2], 1, 1))
         w = vector(c // 4, c, 1, 1)
         yield label, lambda x=x, w=w: triton_kernels.squeeze_excite(x, w, None, w.reshape(-1, len(w), 1, 1), None)
     for c, size, k, s, mean in ((64, 147, 3, 2, False), (288, 35, 3, 1, True)):

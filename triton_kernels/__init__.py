@@ -11,7 +11,7 @@ from .depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_backward
 from .epilogue import epilogue
 from .inverted_residual import inverted_residual
 from .pointwise_conv2d import pointwise_conv2d
-from .pool2d import global_avg_pool, pool2d, sum_pixels
+from .pool2d import global_avg_pool, mean_of_sums, pool2d, sum_pixels
 from .squeeze_excite import squeeze_excite, squeeze_excite_gate
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "epilogue",
     "global_avg_pool",
     "inverted_residual",
+    "mean_of_sums",
     "pointwise_conv2d",
     "pool2d",
     "squeeze_excite",

@@ -47,6 +47,8 @@ def _forward(
     y_image_stride,
     y_row_stride,
     y_column_stride,
+    expand_stride,
+    project_stride,
     depthwise_channel_stride,
     depthwise_row_stride,
     depthwise_column_stride,
@@ -108,7 +110,7 @@ def _forward(
         channel = first_hidden + offset + tl.arange(0, BLOCK_C)
         channels_here = channel < hidden
         if expand_ptr is not None:
-            pointers = expand_ptr + channel[None, :] * channels + in_channel[:, None]
+            pointers = expand_ptr + channel[None, :] * expand_stride + in_channel[:, None]
             expand = tl.load(pointers, channels_here[None, :] & (in_channel < channels)[:, None], 0.0)
             expand_bias = tl.load(expand_bias_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
         totals = ()
@@ -146,7 +148,7 @@ def _forward(
                                 totals = add_to(totals, row, x * taps[ky])
         depthwise_bias = tl.load(depthwise_bias_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
         if project_ptr is not None:
-            pointers = project_ptr + out_channel[None, :] * hidden + channel[:, None]
+            pointers = project_ptr + out_channel[None, :] * project_stride + channel[:, None]
             project = tl.load(pointers, channels_here[:, None] & (out_channel < out_channels)[None, :], 0.0)
         sums = tl.zeros([BLOCK_C], ACC)
         for row in tl.static_range(ROWS):
@@ -214,6 +216,7 @@ def inverted_residual(
     _, out_channels, out_h, out_w = out.shape
     input = arrange(input, True)
     residual = None if residual is None else arrange(residual, True)
+    expand, project = (layer and (_rows(layer[0]), layer[1]) for layer in (expand, project))
     tile = inverted_residual_tile(
         input.element_size(),
         channels if expand else 0,
@@ -232,14 +235,15 @@ def inverted_residual(
         with on_device(input):
             _forward[(grid,)](
                 input,
-                *((expand[0].contiguous(), expand[1]) if expand else (None, None)),
+                *(expand or (None, None)),
                 *(weight, depthwise_bias),
-                *((project[0].contiguous(), project[1]) if project else (None, None)),
+                *(project or (None, None)),
                 *(residual, out, sums),
                 *(height, width, channels, hidden, out_h, out_w, out_channels),
                 *_strides(input),
                 *((0, 0, 0) if residual is None else _strides(residual)),
                 *_strides(out),
+                *(layer[0].stride(0) if layer else 0 for layer in (expand, project)),
                 *(weight.stride(0), weight.stride(2), weight.stride(3)),
                 KERNEL_H=kernel_h,
                 KERNEL_W=kernel_w,
@@ -264,6 +268,11 @@ def inverted_residual(
                 num_stages=2 if input.element_size() < 8 else 1,
             )
     return (out, sums) if with_sums else out
+
+
+def _rows(weight: torch.Tensor) -> torch.Tensor:
+    """The weight if the channels that it reads lie side by side, else a copy."""
+    return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:

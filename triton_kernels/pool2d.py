@@ -158,27 +158,25 @@ def sum_pixels(input: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def global_avg_pool(
-    input: torch.Tensor, *, sums: torch.Tensor | None = None, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Means over (H, W), of the input's dtype: (N, C, 1, 1).
-
-    Args:
-        input: (N, C, H, W).
-        sums: its sums over (H, W), in parts, where they are known already: (N, parts, C). Then only its shape matters.
-        out: where to write, with channels side by side.
-    """
+def global_avg_pool(input: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """Means over (H, W), into ``out``, (N, C, 1, 1) with channels side by side."""
     batch, channels, height, width = input.shape
-    if out is None:
-        out = torch.empty((batch, channels, 1, 1), dtype=input.dtype, device=input.device)
     channels_last = is_channels_last(input)
     tile = image_tile(channels_last, input.element_size(), height * width, channels)
     # A second launch costs as much time as a program needs for some eight blocks.
-    if sums is None and tile.pixel_blocks(height * width) > 8:
-        sums = sum_pixels(input)
-    if sums is not None:  # an image of one column, a pixel a part
-        input, channels_last = sums.transpose(1, 2).unsqueeze(3), True
+    if tile.pixel_blocks(height * width) > 8:
+        return mean_of_sums(sum_pixels(input), height * width, out=out)
     _sum(input, out.view(batch, 1, channels), channels_last, height * width)
+    return out
+
+
+def mean_of_sums(sums: torch.Tensor, pixels: int, *, out: torch.Tensor) -> torch.Tensor:
+    """Means over (H, W), into (N, C, 1, 1), from the sums over so many pixels that something else made in parts:
+    (N, parts, C).
+    """
+    batch, _, channels = sums.shape
+    # An image of one column, a pixel a part.
+    _sum(sums.transpose(1, 2).unsqueeze(3), out.view(batch, 1, channels), True, pixels)
     return out
 
 

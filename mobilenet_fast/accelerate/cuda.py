@@ -460,13 +460,16 @@ class _Builder:
 
             return squeeze_excite, "Triton squeeze_excite" + ("" if summed else " + sums")
         if node.op == "global_avg_pool":
-            summed = x in self.summed
-
-            def global_avg_pool(values: Values) -> None:
-                sums = values["sums", x] if summed else None
-                kernels.global_avg_pool(None if summed else values[x], sums=sums, out=self.out(node, values))
-
-            return global_avg_pool, "Triton global_avg_pool"
+            if x in self.summed:
+                pixels = x.shape[2] * x.shape[3]
+                return (
+                    lambda values: kernels.mean_of_sums(values["sums", x], pixels, out=self.out(node, values)),
+                    "Triton mean_of_sums",
+                )
+            return (
+                lambda values: kernels.global_avg_pool(values[x], out=self.out(node, values)),
+                "Triton global_avg_pool",
+            )
         if node.op == "pool2d":
             window = [attrs[name] for name in ("kernel", "stride")] + [padding, attrs["dilation"]]
             rest = [attrs[name] for name in ("mean", "count_padding", "divisor")]
