@@ -47,11 +47,11 @@ def _forward(
     y_image_stride,
     y_row_stride,
     y_column_stride,
-    expand_stride,
-    project_stride,
     depthwise_channel_stride,
     depthwise_row_stride,
     depthwise_column_stride,
+    EXPAND_STRIDE: tl.constexpr,
+    PROJECT_STRIDE: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -110,7 +110,7 @@ def _forward(
         channel = first_hidden + offset + tl.arange(0, BLOCK_C)
         channels_here = channel < hidden
         if expand_ptr is not None:
-            pointers = expand_ptr + channel[None, :] * expand_stride + in_channel[:, None]
+            pointers = expand_ptr + channel[None, :] * EXPAND_STRIDE + in_channel[:, None]
             expand = tl.load(pointers, channels_here[None, :] & (in_channel < channels)[:, None], 0.0)
             expand_bias = tl.load(expand_bias_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
         totals = ()
@@ -148,7 +148,7 @@ def _forward(
                                 totals = add_to(totals, row, x * taps[ky])
         depthwise_bias = tl.load(depthwise_bias_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
         if project_ptr is not None:
-            pointers = project_ptr + out_channel[None, :] * project_stride + channel[:, None]
+            pointers = project_ptr + out_channel[None, :] * PROJECT_STRIDE + channel[:, None]
             project = tl.load(pointers, channels_here[:, None] & (out_channel < out_channels)[None, :], 0.0)
         sums = tl.zeros([BLOCK_C], ACC)
         for row in tl.static_range(ROWS):
@@ -243,8 +243,9 @@ def inverted_residual(
                 *_strides(input),
                 *((0, 0, 0) if residual is None else _strides(residual)),
                 *_strides(out),
-                *(layer[0].stride(0) if layer else 0 for layer in (expand, project)),
                 *(weight.stride(0), weight.stride(2), weight.stride(3)),
+                EXPAND_STRIDE=expand[0].stride(0) if expand else 0,  # constants take no registers
+                PROJECT_STRIDE=project[0].stride(0) if project else 0,
                 KERNEL_H=kernel_h,
                 KERNEL_W=kernel_w,
                 STRIDE_H=stride[0],
