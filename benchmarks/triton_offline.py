@@ -172,6 +172,24 @@ def layers(dtype: torch.dtype, channels_last: bool, full: bool = True) -> Iterat
         yield label, lambda x=x: triton_kernels.global_avg_pool(x)
         w = vector(c // 4, c, 1, 1)
         yield label, lambda x=x, w=w: triton_kernels.squeeze_excite(x, w, None, w.reshape(-1, len(w), 1, 1), None)
+    for c, k, size, kernel, s in (
+        (3, 16, 224, (3, 3), 2),
+        (3, 32, 224, (3, 3), 2),
+        (64, 96, 35, (3, 3), 1),
+        (160, 192, 17, (1, 7), 1),
+        (192, 384, 17, (3, 3), 1),
+    ):
+        if not full and c not in (3, 192):
+            continue
+        x, y = image(32, c, size, size), image(32, 2 * k, -(-size // s), -(-size // s))[:, :k]
+        w, bias = triton_kernels.pack_conv2d(vector(k, c, *kernel)), vector(k)
+        geometry = kernel, (s, s), (kernel[0] // 2, kernel[1] // 2), (1, 1)
+        inputs = {"": x, ", image contiguous": x.contiguous()} if channels_last and c == 3 else {"": x}
+        for what, x in inputs.items():
+            yield (
+                f"{c} → {k} × {size}², {kernel[0]} × {kernel[1]}, stride {s}{what}",
+                lambda a=(x, w, bias, *geometry, "relu6"), y=y: triton_kernels.conv2d(*a, out=y),
+            )
     for c, size, k, s, mean in ((64, 147, 3, 2, False), (288, 35, 3, 1, True)):
         x, out = image(32, c, size, size), size if s == 1 else size // 2
         y = image(32, 2 * c, out, out)[:, :c]

@@ -143,6 +143,38 @@ def pointwise_tile(
     return ProductTile(block_m, block_n, block_k, warps, 3, max(1, programs) * out_blocks)
 
 
+def conv2d_tile(
+    chip: Chip, itemsize: int, images: int, pixels: int, channels: int, out_channels: int, kernel: tuple[int, int]
+) -> ProductTile:
+    """128 × 128 sums of eight warps are 64 registers a thread, the most that leave room for operands.
+
+    Blocks of fewer than 64 output channels would read so much of the input from shared memory for each product that the
+    tensor cores wait. Of the input a line of 128 bytes a pixel, or half of one, at a time; of few channels, 32 elements
+    of the window, which are loaded one by one. Where there would be fewer programs than multiprocessors, the larger
+    side is halved, as that adds least to what all of them read.
+    """
+    most = 128 if itemsize < 8 else 32
+    block_n = fit(out_channels, min(64, most, max(16, power_of_2(out_channels))), most)
+    if channels < 16:
+        block_k = min(32 if itemsize < 8 else 16, max(16, power_of_2(channels * kernel[0] * kernel[1])))
+    else:
+        block_k = fit(channels, max(16, 64 // itemsize), 128 // itemsize)
+    block_m = max(16, min(most, power_of_2(pixels)))
+
+    def programs() -> int:
+        return images * -(-pixels // block_m) * -(-out_channels // block_n)
+
+    while programs() < chip.multiprocessors and max(block_m, block_n) > 32:
+        if block_m >= block_n:
+            block_m //= 2
+        else:
+            block_n //= 2
+    warps = 4 if block_m * block_n <= 8192 else 8
+    # As many stages as leave room for a second program on the multiprocessor, up to four, and two at the least.
+    stages = max(2, min(4, chip.shared_bytes // 2 // ((block_m + block_n) * block_k * itemsize)))
+    return ProductTile(block_m, block_n, block_k, warps, stages, programs())
+
+
 @dataclass(frozen=True)
 class ImageTile:
     """Of an operation on pixels × channels: the block that a program takes."""
