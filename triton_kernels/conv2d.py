@@ -187,7 +187,8 @@ def conv2d(
     images, pixels = batch, out_height * out_width
     if channels_last:
         images, pixels = 1, batch * pixels
-    tile = conv2d_tile(chip_of(input), input.element_size(), images, pixels, channels, out_channels, kernel)
+    together = input.stride(1) == 1
+    tile = conv2d_tile(chip_of(input), input.element_size(), images, pixels, channels, out_channels, kernel, together)
     if images * pixels:
         with on_device(input):
             _forward[(tile.programs,)](
@@ -208,7 +209,7 @@ def conv2d(
                 ACTIVATION=activation,
                 PRECISION=float32_precision(),
                 CHANNELS_LAST=channels_last,
-                VECTOR_IN=vector_of(True, input) if input.stride(1) == 1 else 1,
+                VECTOR_IN=vector_of(True, input) if together else 1,
                 VECTOR_OUT=vector_of_pixels(channels_last, *(t for t in (out, residual) if t is not None)),
                 BLOCK_M=tile.pixels,
                 BLOCK_N=tile.out_channels,

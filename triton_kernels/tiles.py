@@ -21,6 +21,7 @@ class Chip:
     shared_bytes: int  # a program's most
 
 
+B200 = Chip("B200", 148, 227 * 1024)
 H100 = Chip("H100", 132, 227 * 1024)
 A100 = Chip("A100", 108, 163 * 1024)
 OTHER = Chip("other", 64, 99 * 1024)
@@ -144,21 +145,28 @@ def pointwise_tile(
 
 
 def conv2d_tile(
-    chip: Chip, itemsize: int, images: int, pixels: int, channels: int, out_channels: int, kernel: tuple[int, int]
+    chip: Chip,
+    itemsize: int,
+    images: int,
+    pixels: int,
+    channels: int,
+    out_channels: int,
+    kernel: tuple[int, int],
+    channels_together: bool,
 ) -> ProductTile:
     """128 × 128 sums of eight warps are 64 registers a thread, the most that leave room for operands.
 
     Blocks of fewer than 64 output channels would read so much of the input from shared memory for each product that the
-    tensor cores wait. Of the input a line of 128 bytes a pixel, or half of one, at a time; of few channels, 32 elements
-    of the window, which are loaded one by one. Where there would be fewer programs than multiprocessors, the larger
-    side is halved, as that adds least to what all of them read.
+    tensor cores wait. Of the input a line of 128 bytes a pixel, or half of one, at a time; where channels are few or
+    lie apart, and elements are loaded one by one, 32 of the window. Where there would be fewer programs than
+    multiprocessors, the larger side is halved, as that adds least to what all of them read.
     """
     most = 128 if itemsize < 8 else 32
     block_n = fit(out_channels, min(64, most, max(16, power_of_2(out_channels))), most)
-    if channels < 16:
-        block_k = min(32 if itemsize < 8 else 16, max(16, power_of_2(channels * kernel[0] * kernel[1])))
-    else:
+    if channels_together and channels >= 16:
         block_k = fit(channels, max(16, 64 // itemsize), 128 // itemsize)
+    else:
+        block_k = max(16, min(32 if itemsize < 8 else 16, power_of_2(channels * kernel[0] * kernel[1])))
     block_m = max(16, min(most, power_of_2(pixels)))
 
     def programs() -> int:
@@ -170,8 +178,8 @@ def conv2d_tile(
         else:
             block_n //= 2
     warps = 4 if block_m * block_n <= 8192 else 8
-    # As many stages as leave room for a second program on the multiprocessor, up to four, and two at the least.
-    stages = max(2, min(4, chip.shared_bytes // 2 // ((block_m + block_n) * block_k * itemsize)))
+    # As many stages as leave room for a second program on the multiprocessor, up to four, and three at the least.
+    stages = max(3, min(4, chip.shared_bytes // 2 // ((block_m + block_n) * block_k * itemsize)))
     return ProductTile(block_m, block_n, block_k, warps, stages, programs())
 
 
