@@ -1,15 +1,15 @@
 """What the compiler makes of the Triton kernels, without a GPU: ``python -m benchmarks.triton_offline``.
 
 Launches are recorded instead of made, with the tiles that `mobilenet_fast.triton_kernels.tiles` chooses for layers of
-the family, and compiled to machine code. The table shows what a kernel's speed depends on and a compiler can say:
-registers, spills, shared memory, how many warps a multiprocessor holds, and the widest loads and stores of global
-memory.
+the family on a chip of each architecture, and compiled to machine code. The table shows what a kernel's speed depends
+on and a compiler can say: the widest loads and stores of global memory, and for each architecture a program's registers
+a thread, shared memory, how many warps of such programs a multiprocessor holds, and spills where there are any.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
+import multiprocessing
 import re
 import subprocess
 import tempfile
@@ -25,10 +25,10 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mobilenet_fast import triton_kernels
+from mobilenet_fast.triton_kernels import tiles
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-# Of a program: shared memory in bytes, by compute capability.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+CHIPS = {80: tiles.A100, 90: tiles.H100, 100: tiles.B200}
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,16 @@ class Resources:
     load_bytes: int
     store_bytes: int
 
-    @property
-    def resident_warps(self) -> int:
-        """Warps that a multiprocessor of 64 Ki registers holds, at most 64, as far as registers go."""
-        programs = 65536 // (-(-self.registers // 8) * 8 * 32 * self.warps)
-        return min(64, programs * self.warps)
+    def resident_warps(self, capability: int) -> int:
+        """Warps of such programs that a multiprocessor holds, which has 64 Ki registers and room for 64 warps."""
+        by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        # A multiprocessor has 1 KiB more than a program may take, and each program takes 1 KiB more than it asks for.
+        by_shared = (CHIPS[capability].shared_bytes + 1024) // (self.shared_bytes + 1024)
+        return min(64 // self.warps, by_registers, by_shared) * self.warps
 
 
-def record(call: Callable[[], object]) -> list[Launch]:
-    """The launches that a call of launchers would make."""
+def record(call: Callable[[], object], capability: int) -> list[Launch]:
+    """The launches that a call of launchers would make on a chip of this compute capability."""
     launches: list[Launch] = []
 
     def launcher(kernel: JITFunction, grid: object) -> Callable[..., None]:
@@ -74,13 +75,16 @@ def record(call: Callable[[], object]) -> list[Launch]:
 
         return run
 
-    with mock.patch.object(JITFunction, "__getitem__", launcher):
+    with (
+        mock.patch.object(JITFunction, "__getitem__", launcher),
+        mock.patch.object(tiles, "OTHER", CHIPS[capability]),
+    ):
         call()
     return launches
 
 
-def compile_for(launch: Launch, capability: int) -> Resources:
-    """Compiles the launch as Triton's runtime would specialise it for these arguments."""
+def specialise(launch: Launch) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes, as Triton's runtime has them for such arguments."""
     signature, constants, attributes = {}, {}, {}
     for index, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments.values(), strict=True)):
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
@@ -90,7 +94,12 @@ def compile_for(launch: Launch, capability: int) -> Resources:
         signature[parameter.name] = "*" + DTYPES[value.dtype] if is_tensor else "i32"
         if is_tensor or value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_for(launch: Launch, capability: int) -> Resources:
+    """Compiles the launch for chips of this compute capability."""
+    source = ASTSource(launch.kernel, *specialise(launch))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -127,10 +136,10 @@ def layers(dtype: torch.dtype, channels_last: bool, full: bool = True) -> Iterat
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def image(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype).to(memory_format=memory_format)
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
 
     def vector(*shape: int, wide: bool = False) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32 if wide and dtype.itemsize < 4 else dtype)
+        return torch.empty(shape, dtype=torch.float32 if wide and dtype.itemsize < 4 else dtype, device="meta")
 
     for c, size, k, s in (
         (16, 112, 3, 1),
@@ -172,6 +181,24 @@ def layers(dtype: torch.dtype, channels_last: bool, full: bool = True) -> Iterat
         yield label, lambda x=x: triton_kernels.global_avg_pool(x, out=image(*x.shape[:2], 1, 1))
         w = vector(c // 4, c, 1, 1)
         yield label, lambda x=x, w=w: triton_kernels.squeeze_excite(x, w, None, w.reshape(-1, len(w), 1, 1), None)
+    for c, k, size, kernel, s in (
+        (3, 16, 224, (3, 3), 2),
+        (3, 32, 224, (3, 3), 2),
+        (64, 96, 35, (3, 3), 1),
+        (160, 192, 17, (1, 7), 1),
+        (192, 384, 17, (3, 3), 1),
+    ):
+        if not full and c not in (3, 192):
+            continue
+        x, y = image(32, c, size, size), image(32, 2 * k, -(-size // s), -(-size // s))[:, :k]
+        w, bias = triton_kernels.pack_conv2d(vector(k, c, *kernel)), vector(k)
+        geometry = kernel, (s, s), (kernel[0] // 2, kernel[1] // 2), (1, 1)
+        inputs = {"": x, ", image contiguous": x.contiguous()} if channels_last and c == 3 else {"": x}
+        for what, x in inputs.items():
+            yield (
+                f"{c} → {k} × {size}², {kernel[0]} × {kernel[1]}, stride {s}{what}",
+                lambda a=(x, w, bias, *geometry, "relu6"), y=y: triton_kernels.conv2d(*a, out=y),
+            )
     for c, size, k, s, mean in ((64, 147, 3, 2, False), (288, 35, 3, 1, True)):
         x, out = image(32, c, size, size), size if s == 1 else size // 2
         y = image(32, 2 * c, out, out)[:, :c]
@@ -205,55 +232,94 @@ def layers(dtype: torch.dtype, channels_last: bool, full: bool = True) -> Iterat
             )
 
 
+@dataclass(frozen=True)
+class Row:
+    """One kernel of a layer: its launch by compute capability."""
+
+    label: str
+    dtype: torch.dtype
+    channels_last: bool
+    launches: dict[int, Launch]
+
+
+def rows(dtypes: list[str], capabilities: list[int], kernels: str) -> Iterator[Row]:
+    """Float64, which is there for tests and for training that asks for it, is compiled for one architecture only."""
+    for dtype, name in DTYPES.items():
+        wanted = [c for c in capabilities if dtype is not torch.float64 or c == 90] if name in dtypes else []
+        for channels_last in (True, False) if wanted else ():
+            for label, call in layers(dtype, channels_last):
+                for launches in zip(*(record(call, capability) for capability in wanted), strict=True):
+                    if re.search(kernels, launches[0].name):
+                        yield Row(label, dtype, channels_last, dict(zip(wanted, launches, strict=True)))
+
+
+# Kernels cannot be sent to other processes: these are forked when the list is full.
+_jobs: list[tuple[Launch, int]] = []
+
+
+def compile_all(table: list[Row], processes: int) -> dict[tuple[int, int], Resources]:
+    """What becomes of each row's launches, by row and capability; what several have in common is compiled once."""
+    names: dict[tuple[int, int], str] = {}
+    jobs: dict[str, tuple[Launch, int]] = {}
+    for index, row in enumerate(table):
+        for capability, launch in row.launches.items():
+            name = repr((launch.name, specialise(launch), launch.options, capability))
+            names[index, capability] = name
+            jobs.setdefault(name, (launch, capability))
+    _jobs[:] = jobs.values()
+    results: dict[str, Resources] = {}
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        for name, resources in zip(jobs, pool.imap(_compile_job, range(len(jobs))), strict=True):
+            launch, capability = jobs[name]
+            results[name] = resources
+            print(f"{len(results)} of {len(jobs)}: {launch.name}, sm_{capability}: {resources}", flush=True)
+    return {key: results[name] for key, name in names.items()}
+
+
+def _compile_job(index: int) -> Resources:
+    return compile_for(*_jobs[index])
+
+
+def page(table: list[Row], compiled: dict[tuple[int, int], Resources], capabilities: list[int]) -> str:
+    """docs/triton.md."""
+    head = ["kernel", "layer, batch 32", "dtype", "layout", "load, store", *(f"sm_{c}" for c in capabilities)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for index, row in enumerate(table):
+        found = {c: compiled[index, c] for c in row.launches}
+        load, store = (min(getattr(r, f"{kind}_bytes") for r in found.values()) for kind in ("load", "store"))
+        layout = "channels_last" if row.channels_last else "contiguous"
+        name = next(iter(row.launches.values())).name
+        lines.append(f"| {name} | {row.label} | {DTYPES[row.dtype]} | {layout} | {load}, {store} |")
+        for capability in capabilities:
+            r = found.get(capability)
+            lines[-1] += f" {_cell(r, capability)} |" if r else " |"
+    spills = sum(r.spilled_bytes > 0 for r in compiled.values())
+    too_much = sum(r.shared_bytes > CHIPS[c].shared_bytes for (_, c), r in compiled.items())
+    made = f"No GPU has run them yet. Made by `python -m benchmarks.triton_offline`, triton {triton.__version__}."
+    units = (
+        "Loads and stores in bytes a thread; then registers · bytes of shared memory · resident warps. "
+        f"In all, of {len(compiled)}: {spills} with spills, {too_much} with more shared memory than there is."
+    )
+    text = __doc__.partition("\n\n")[2]
+    return "\n".join(["# Triton kernels as compiled", "", made, "", text, units, "", *lines, ""])
+
+
+def _cell(resources: Resources, capability: int) -> str:
+    spilled = f" · {resources.spilled_bytes} spilled" if resources.spilled_bytes else ""
+    return f"{resources.registers} · {resources.shared_bytes} · {resources.resident_warps(capability)}{spilled}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--capability", type=int, nargs="*", default=[80, 90, 100])
+    parser.add_argument("--capability", type=int, nargs="*", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES.values()), choices=list(DTYPES.values()))
+    parser.add_argument("--kernels", default="", help="only those whose names this regular expression finds")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("docs/triton.md"))
     options = parser.parse_args()
-    head = (
-        "kernel",
-        "layer, batch 32",
-        "dtype",
-        "layout",
-        "sm",
-        "registers",
-        "spilled",
-        "shared",
-        "warps",
-        "load",
-        "store",
-    )
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    failures = collections.Counter()
-    for dtype, name in DTYPES.items():
-        for channels_last in (True, False):
-            for label, call in layers(dtype, channels_last) if name in options.dtype else ():
-                for launch in record(call):
-                    for capability in options.capability:
-                        r = compile_for(launch, capability)
-                        failures["spills"] += r.spilled_bytes > 0
-                        failures["too much shared memory"] += r.shared_bytes > SHARED_LIMIT[capability]
-                        layout = "channels_last" if channels_last else "contiguous"
-                        cells = (
-                            launch.name,
-                            label,
-                            name,
-                            layout,
-                            capability,
-                            r.registers,
-                            r.spilled_bytes,
-                            r.shared_bytes,
-                        )
-                        cells += (r.resident_warps, r.load_bytes, r.store_bytes)
-                        lines.append("| " + " | ".join(map(str, cells)) + " |")
-                        print(lines[-1], flush=True)
-    text = __doc__.partition("\n\n")[2]
-    found = ", ".join(f"{count} × {what}" for what, count in failures.items() if count) or "no spills"
-    body = "\n".join(lines)
-    made = f"No GPU has run them yet. Made by `python -m benchmarks.triton_offline`, triton {triton.__version__}."
-    units = f"Bytes, but for registers and warps. In all: {found}."
-    options.output.write_text(f"# Triton kernels as compiled\n\n{made}\n\n{text}\n{units}\n\n{body}\n")
+    table = list(rows(options.dtype, options.capability, options.kernels))
+    compiled = compile_all(table, options.processes)
+    options.output.write_text(page(table, compiled, options.capability))
 
 
 if __name__ == "__main__":

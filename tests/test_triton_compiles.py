@@ -9,20 +9,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
-from benchmarks.triton_offline import DTYPES, SHARED_LIMIT, compile_for, layers, record  # noqa: E402
+from benchmarks.triton_offline import CHIPS, DTYPES, compile_for, layers, record  # noqa: E402
 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
 def test_kernels_compile(dtype, channels_last):
     for label, call in layers(dtype, channels_last, full=False):
-        launches = record(call)
+        launches = record(call, 90)
         assert launches
         for launch in launches:
             resources = compile_for(launch, 90)
             what = f"{launch.name}, {label}: {resources}"
             if not (dtype is torch.float64 and launch.name == "inverted_residual_forward"):
                 assert resources.spilled_bytes == 0, what
-            assert resources.shared_bytes <= SHARED_LIMIT[90], what
-            if channels_last and dtype is torch.float16 and launch.name == "depthwise_conv2d_forward":
-                assert resources.load_bytes == resources.store_bytes == 16, what
+            assert resources.shared_bytes <= CHIPS[90].shared_bytes, what
+            wide = ("depthwise_conv2d_forward", "conv2d_forward", "pool2d_forward") if channels_last else ()
+            if launch.name in (*wide, "epilogue_forward") and dtype is torch.float16:
+                # A stem's three channels are loaded one by one.
+                assert resources.load_bytes == 16 or label.startswith("3 →"), what
+                assert resources.store_bytes == 16, what

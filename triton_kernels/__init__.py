@@ -7,6 +7,7 @@ They take what `mobilenet_fast.functional` has checked, and run as well on CPU t
 from __future__ import annotations
 
 from .batch_norm_act import batch_norm_act, batch_norm_act_backward, batch_norm_act_training
+from .conv2d import conv2d, pack_conv2d
 from .depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_backward
 from .epilogue import epilogue
 from .inverted_residual import inverted_residual
@@ -18,12 +19,14 @@ __all__ = [
     "batch_norm_act",
     "batch_norm_act_backward",
     "batch_norm_act_training",
+    "conv2d",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "epilogue",
     "global_avg_pool",
     "inverted_residual",
     "mean_of_sums",
+    "pack_conv2d",
     "pointwise_conv2d",
     "pool2d",
     "squeeze_excite",

@@ -1,6 +1,7 @@
 """What surrounds a convolution in a block, in one pass over the image: gate, bias, residual and activation.
 
 For the convolutions whose own kernels have no room for it, and for the activations and sums that follow none.
+Contiguous images are taken as one row of elements, plane after plane: few small planes are a whole number of vectors.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def _forward(
     y_ptr,
     pixels,
     channels,
+    gate_stride,
+    plane,
     x_image_stride,
     x_pixel_stride,
     x_channel_stride,
@@ -49,6 +52,7 @@ def _forward(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Contiguous images have one channel here, and ``plane`` pixels of it are those of a gate or bias."""
     ACC: tl.constexpr = accumulator(y_ptr.dtype.element_ty)
     x_strides = multiples(x_image_stride, x_pixel_stride, x_channel_stride, CHANNELS_LAST, VECTOR)
     residual_strides = multiples(
@@ -62,17 +66,22 @@ def _forward(
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     pixel_blocks = tl.cdiv(pixels, BLOCK_P)
     channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels_here = channel < channels
     block = tl.program_id(0) // channel_blocks
     image = tl.cast(block // pixel_blocks, tl.int64)
     first = block % pixel_blocks * BLOCK_P
     pixel = tl.arange(0, BLOCK_P)
-    here = (first + pixel < pixels)[:, None] & channels_here[None, :]
+    pixels_here = (first + pixel < pixels)[:, None]
+    channels_here = (channel < channels)[None, :]
+    here = pixels_here & channels_here
+    if CHANNELS_LAST:
+        factor, factors_here = channel[None, :], channels_here
+    else:
+        factor, factors_here = ((first + pixel) // plane)[:, None], pixels_here
     y = tl.load(block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST), here, 0.0).to(ACC)
     if gate_ptr is not None:
-        y *= tl.load(gate_ptr + image * channels + channel, channels_here, 0.0).to(ACC)[None, :]
+        y *= tl.load(gate_ptr + image * gate_stride + factor, factors_here, 0.0).to(ACC)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
+        y += tl.load(bias_ptr + factor, factors_here, 0.0).to(ACC)
     if residual_ptr is not None:
         pointers = block_pointers(residual_ptr, residual_strides, image, first, pixel, channel, CHANNELS_LAST)
         y += tl.load(pointers, here, 0.0).to(ACC)
@@ -103,25 +112,27 @@ def epilogue(
         memory_format = torch.channels_last if is_channels_last(input) else torch.contiguous_format
         out = torch.empty_like(input, memory_format=memory_format)
     channels_last = is_channels_last(out)
-    input = arrange_pixels(input, channels_last)
-    residual = None if residual is None else arrange_pixels(residual, channels_last)
     batch, channels, height, width = out.shape
-    images, pixels, strides = batch, height * width, image_strides
-    if channels_last and gate is None:  # then nothing tells the images apart
-        images, pixels, strides = 1, batch * height * width, pixel_strides
     gate = None if gate is None else gate.reshape(batch, channels).contiguous()
-    tile = image_tile(channels_last, out.element_size(), pixels, channels)
-    grid = images * tile.pixel_blocks(pixels) * tile.channel_blocks(channels)
+    x, r, y = input, residual, out
+    if not channels_last:
+        x, r, y = (None if t is None else t.reshape(batch, 1, channels, height * width) for t in (x, r, y))
+    x, r = (None if t is None else arrange_pixels(t, channels_last) for t in (x, r))
+    images, pixels, strides = batch, y.shape[2] * y.shape[3], image_strides
+    if channels_last and gate is None:  # then nothing tells the images apart
+        images, pixels, strides = 1, batch * pixels, pixel_strides
+    tile = image_tile(channels_last, y.element_size(), pixels, y.shape[1])
+    grid = images * tile.pixel_blocks(pixels) * tile.channel_blocks(y.shape[1])
     if grid:
-        with on_device(out):
+        with on_device(y):
             _forward[(grid,)](
-                *(input, gate, bias, residual, out, pixels, channels),
-                *strides(input, channels_last),
-                *((0, 0, 0) if residual is None else strides(residual, channels_last)),
-                *strides(out, channels_last),
+                *(x, gate, bias, r, y, pixels, y.shape[1], channels, height * width),
+                *strides(x, channels_last),
+                *((0, 0, 0) if r is None else strides(r, channels_last)),
+                *strides(y, channels_last),
                 ACTIVATION=activation,
                 CHANNELS_LAST=channels_last,
-                VECTOR=vector_of_pixels(channels_last, *(t for t in (input, residual, out) if t is not None)),
+                VECTOR=vector_of_pixels(channels_last, *(t for t in (x, r, y) if t is not None)),
                 BLOCK_P=tile.pixels,
                 BLOCK_C=tile.channels,
                 num_warps=tile.warps,

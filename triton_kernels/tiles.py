@@ -21,6 +21,7 @@ class Chip:
     shared_bytes: int  # a program's most
 
 
+B200 = Chip("B200", 148, 227 * 1024)
 H100 = Chip("H100", 132, 227 * 1024)
 A100 = Chip("A100", 108, 163 * 1024)
 OTHER = Chip("other", 64, 99 * 1024)
@@ -141,6 +142,45 @@ def pointwise_tile(
     # Programs that keep their weights take several blocks of pixels, as many as make four programs a multiprocessor.
     programs = min(blocks, max(1, 4 * chip.multiprocessors // out_blocks)) if channels <= block_k else blocks
     return ProductTile(block_m, block_n, block_k, warps, 3, max(1, programs) * out_blocks)
+
+
+def conv2d_tile(
+    chip: Chip,
+    itemsize: int,
+    images: int,
+    pixels: int,
+    channels: int,
+    out_channels: int,
+    kernel: tuple[int, int],
+    channels_together: bool,
+) -> ProductTile:
+    """128 × 128 sums of eight warps are 64 registers a thread, the most that leave room for operands.
+
+    Blocks of fewer than 64 output channels would read so much of the input from shared memory for each product that the
+    tensor cores wait. Of the input a line of 128 bytes a pixel, or half of one, at a time; where channels are few or
+    lie apart, and elements are loaded one by one, 32 of the window. Where there would be fewer programs than
+    multiprocessors, the larger side is halved, as that adds least to what all of them read.
+    """
+    most = 128 if itemsize < 8 else 32
+    block_n = fit(out_channels, min(64, most, max(16, power_of_2(out_channels))), most)
+    if channels_together and channels >= 16:
+        block_k = fit(channels, max(16, 64 // itemsize), 128 // itemsize)
+    else:
+        block_k = max(16, min(32 if itemsize < 8 else 16, power_of_2(channels * kernel[0] * kernel[1])))
+    block_m = max(16, min(most, power_of_2(pixels)))
+
+    def programs() -> int:
+        return images * -(-pixels // block_m) * -(-out_channels // block_n)
+
+    while programs() < chip.multiprocessors and max(block_m, block_n) > 32:
+        if block_m >= block_n:
+            block_m //= 2
+        else:
+            block_n //= 2
+    warps = 4 if block_m * block_n <= 8192 else 8
+    # As many stages as leave room for a second program on the multiprocessor, up to four, and three at the least.
+    stages = max(3, min(4, chip.shared_bytes // 2 // ((block_m + block_n) * block_k * itemsize)))
+    return ProductTile(block_m, block_n, block_k, warps, stages, programs())
 
 
 @dataclass(frozen=True)
