@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from mobilenet_fast import accelerate, models
 from mobilenet_fast.accelerate import cuda
+from mobilenet_fast.accelerate.passes import optimise
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU: the interpreter has no CUDA graphs")
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def fast_form(model, *args, **kwargs):
@@ -82,7 +82,7 @@ class Small(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16, 1e-3), nn.Hardswish())
-        plain, squeezed = ((kernel, 1, True, True, True, se) for kernel, se in ((3, False), (5, True)))
+        plain, squeezed = ((3, 1, True, True, True, squeeze, 10, 20) for squeeze in (False, True))
         self.blocks = nn.Sequential(nn.Conv2d(16, 10, 1), Block(*plain), Block(*squeezed))
         self.head = nn.Sequential(nn.Conv2d(10, 40, 1), nn.Hardswish(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Sequential(nn.Linear(40, 24), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(24, 10))
@@ -94,14 +94,13 @@ class Small(nn.Module):
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    return randomise_batch_norm(Small(), seed=0, shape=(8, 3, 16, 16))
+    return randomise_batch_norm(Small(), seed=0, shape=(8, 3, 12, 12))
 
 
-@pytest.mark.parametrize("channels_last", (False, True))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("dtype, channels_last", ((torch.float32, False), (torch.float64, True)))
 def test_whole_network(small, dtype, channels_last):
     model = copy.deepcopy(small).to(dtype)
-    x = pictures(3, 3, 16, 16).to(dtype)
+    x = pictures(3, 3, 12, 12).to(dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     fast = fast_form(model, x.to(DEVICE))
     assert not fast.explain().fallbacks and fast.explain().isa == "triton"
@@ -113,16 +112,13 @@ def test_whole_network(small, dtype, channels_last):
     check(model, fast, x[:1])  # another batch
 
 
-@pytest.mark.parametrize("given", ("float32", "dtype"))
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision(small, dtype, given):
-    x = pictures(2, 3, 16, 16)
-    x = x.to(dtype) if given == "dtype" else x
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_half_precision(small, dtype):
+    x = pictures(2, 3, 12, 12)
     fast = fast_form(small, x.to(DEVICE), dtype=dtype)
     check(small, fast, x)
-    assert len(fast._plans) == 1
-    fast(x.float().to(DEVICE)), fast(x.to(dtype).to(DEVICE))
-    assert len(fast._plans) == 1  # inputs of any floating-point dtype run on the same plan
+    assert torch.equal(fast(x.to(dtype).to(DEVICE)), fast(x.double().to(DEVICE)))
+    assert len(fast._plans) == 1  # for inputs of any floating-point dtype
 
 
 def test_weights_are_folded_before_they_are_rounded():
@@ -137,10 +133,10 @@ def test_weights_are_folded_before_they_are_rounded():
     assert (y - exact).abs().max() <= 2e-3 * exact.abs().max()
 
 
-def test_a_half_model_runs_as_it_is(small):
-    model = copy.deepcopy(small).half()
+def test_a_half_model_runs_as_it_is():
+    model = Block(3, 1, True, True, True, True, 16, 24).eval().half()
     fast = fast_form(model)
-    check(model, fast, pictures(2, 3, 16, 16).half())
+    check(model, fast, torch.randn(2, 16, 4, 5).half())
     assert not fast.explain().fallbacks
 
 
@@ -208,7 +204,7 @@ def test_padding_of_one_side(padding, channels, groups):
 
 
 def test_nothing_else_is_alive_after_its_last_reader(small):
-    x = pictures(2, 3, 16, 16).to(DEVICE)
+    x = pictures(2, 3, 12, 12).to(DEVICE)
     fast = fast_form(small, x)
     (entry,) = fast._plans.values()
     freed = [key for step in entry.plan.steps for key in step.frees]
@@ -227,13 +223,13 @@ def test_outputs_are_the_callers(small):
 
 
 def test_empty_batch(small):
-    fast = fast_form(small, pictures(2, 3, 16, 16).to(DEVICE))
+    fast = fast_form(small, pictures(2, 3, 12, 12).to(DEVICE))
     assert fast(torch.zeros(0, 3, 16, 16, device=DEVICE)).shape == (0, 10)
 
 
-def test_copies_pickles_and_new_weights(small, tmp_path):
-    x = pictures(2, 3, 16, 16).to(DEVICE)
-    fast = fast_form(small, dtype=torch.float16)
+def test_copies_pickles_and_new_weights(tmp_path):
+    x = torch.randn(2, 3, 4, 4, device=DEVICE)
+    fast = fast_form(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), dtype=torch.float16)
     y = fast(x)
     fast.save(tmp_path / "fast.pt")
     for other in (copy.deepcopy(fast), torch.load(tmp_path / "fast.pt", weights_only=False)):
@@ -244,25 +240,25 @@ def test_copies_pickles_and_new_weights(small, tmp_path):
 
 
 def test_blocks_are_fused_where_that_takes_less_time():
-    """In half precision the wide maps of a large batch are fused with their projection; the last ones are not."""
+    """The wide maps of a large batch are fused with their projection, as that saves a pass; many hidden channels that
+    few programs would go through are not.
+    """
     model = models.mobilenet_v2().eval()
     fast = fast_form(model, torch.zeros(2, 3, 64, 64, device=DEVICE), dtype=torch.float16)
     (entry,) = fast._plans.values()
 
-    def blocks(batch, size):
-        leaves = [torch.zeros(1, dtype=torch.float16, device="meta").expand(batch, 3, size, size)]
+    def kernels(batch):
+        leaves = [torch.zeros(1, dtype=torch.float16, device="meta").expand(batch, 3, 64, 64)]
         graph = entry.capture.lower(leaves, dict(fast._model.state_dict()), cuda.KERNEL_DTYPES)
-        from mobilenet_fast.accelerate.passes import optimise
-
         plan = cuda.build(optimise(graph), cuda.CudaWeights(), torch.device(DEVICE))
-        return [row.operation.startswith("inverted_residual") for row in plan.report.rows]
+        return [row.kernel for row in plan.report.rows]
 
-    assert any(blocks(256, 64)) and not all(blocks(256, 64))
-    assert not any(blocks(2, 64))
+    assert any("depthwise + project" in kernel for kernel in kernels(256)[:12])
+    assert not any("+" in kernel for kernel in kernels(2)[-8:])
 
 
 def test_bad_input(small):
-    x = pictures(2, 3, 16, 16).to(DEVICE)
+    x = pictures(2, 3, 12, 12).to(DEVICE)
     fast = fast_form(small, x, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"^accelerate: input must be \(N, 3, H, W\), got \(2, 4, 16, 16\)$"):
         fast(torch.zeros(2, 4, 16, 16, device=DEVICE))
@@ -331,7 +327,7 @@ def test_streams_and_threads(small):
 
 @gpu
 def test_within_a_callers_graph(small):
-    fast, x = fast_form(small), pictures(2, 3, 16, 16).to(DEVICE)
+    fast, x = fast_form(small), pictures(2, 3, 12, 12).to(DEVICE)
     expected = fast(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -358,7 +354,7 @@ def test_steps_that_cannot_be_recorded_run_all_the_same():
 
 @gpu
 def test_profile(small):
-    x = pictures(2, 3, 16, 16).to(DEVICE)
+    x = pictures(2, 3, 12, 12).to(DEVICE)
     profile = fast_form(small).profile(x, runs=3)
     assert len(profile.seconds) == len(profile.rows) and min(profile.seconds) > 0
     assert profile.copy_gbytes > 100 and "% of copy" in str(profile)

@@ -360,7 +360,8 @@ class _Builder:
         while inner in self.places:  # a concatenation is there from the first of its parts on
             inner = self.places[inner][0]
             writes.append(inner)
-        work = work_of(node, _elements(node, self.graph.constants), self.limits)
+        tensors = [key for key in reads if isinstance(key, Node)]
+        work = work_of(node, _elements(node, self.graph.constants), self.limits, tensors)
         return _Step(node, run, kernel, reads, writes, work)
 
     def pack(self, weights: Weights, kind: str) -> _Packed:

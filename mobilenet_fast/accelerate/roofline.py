@@ -31,10 +31,12 @@ class Limits:
     multiprocessors: int = 132
     launch_seconds: float = 1.5e-6
     """From the end of one kernel to the start of the next in a CUDA graph."""
+    load_seconds: float = 0.7e-6
+    """Of a program: what it waits for a load from memory, and does with it before the next."""
 
 
 H100 = Limits()
-A100 = Limits(1.6e12, 3.0e12, 40 * 2**20, 104e12, 52e12, 9.7e12, 108)
+A100 = Limits(1.6e12, 3.0e12, 40 * 2**20, 104e12, 52e12, 9.7e12, 108, load_seconds=0.9e-6)
 
 
 def limits_of(device: torch.device) -> Limits:
@@ -59,12 +61,14 @@ class Work:
 
     memory_bytes: float
     cached_bytes: float
-    """Of tensors small enough to be in the L2 cache since they were written."""
+    """Of tensors small enough to be in the L2 cache since they were written, and of what is read again."""
     macs: float = 0
     """On tensor cores."""
     instructions: float = 0
-    programs: int = 10**9
-    """That can run at the same time: fewer than there are multiprocessors leave some idle."""
+    turns: int = 1
+    """How often a program loads, works and loads again."""
+    programs: int = 1
+    """Six of them at a time share a multiprocessor, as far as turns count."""
     dtype: torch.dtype = torch.float16
 
     def seconds(self, limits: Limits = H100) -> float:
@@ -72,25 +76,25 @@ class Work:
             macs = limits.tf32_macs / 8
         else:
             macs = limits.half_macs if self.dtype.itemsize == 2 else limits.tf32_macs
-        share = min(1.0, self.programs / limits.multiprocessors)
         slowest = max(
             self.memory_bytes / limits.copy_bytes + self.cached_bytes / limits.l2_bytes_a_second,
             self.macs / macs,
             self.instructions / limits.instructions,
+            self.turns * limits.load_seconds * -(-self.programs // (6 * limits.multiprocessors)),
         )
-        return limits.launch_seconds + slowest / share
+        return limits.launch_seconds + slowest
 
 
-def work_of(node: Node, weights_elements: int = 0, limits: Limits = H100) -> Work:
-    """Of a node as one step, which reads ``weights_elements`` of weights."""
+def work_of(node: Node, weights_elements: int = 0, limits: Limits = H100, reads: list[Node] | None = None) -> Work:
+    """Of a node as one step, which reads ``weights_elements`` of weights, and its inputs or what else it ``reads``."""
     elements = torch.Size(node.shape).numel()
     size = node.dtype.itemsize
-    tensors = [torch.Size(n.shape).numel() * size for n in {node, *node.inputs}]
+    tensors = [torch.Size(n.shape).numel() * size for n in {node, *(node.inputs if reads is None else reads)}]
     cached = sum(each for each in tensors if each <= limits.l2_bytes // 2)
     memory = sum(tensors) - cached + weights_elements * size
     channels = max(1, node.shape[1] if len(node.shape) > 1 else 1)
     macs = instructions = 0.0
-    programs = 10**9
+    turns = programs = 1
     if is_depthwise(node):
         instructions = elements * (_TAP * math.prod(node.attrs["kernel"]) + _EPILOGUE)
     elif node.op == "pool2d":
@@ -99,14 +103,17 @@ def work_of(node: Node, weights_elements: int = 0, limits: Limits = H100) -> Wor
         macs = weights_elements * elements / channels
         instructions = elements * _EPILOGUE
     elif node.op == "inverted_residual":
-        macs, instructions, programs = _block(node)
+        macs, instructions, again, turns, programs = _block(node)
+        cached += again * size
     else:
         instructions = elements * _EPILOGUE
-    return Work(memory, cached, macs, instructions, programs, node.dtype)
+    return Work(memory, cached, macs, instructions, turns, programs, node.dtype)
 
 
-def _block(node: Node) -> tuple[float, float, int]:
-    """Multiply-adds on tensor cores, instructions and programs of triton_kernels/inverted_residual.py."""
+def _block(node: Node) -> tuple[float, float, float, int, int]:
+    """Of triton_kernels/inverted_residual.py: multiply-adds on tensor cores, instructions, elements that are read
+    again, turns and programs.
+    """
     rows, columns = 2, 16
     a, (n, out_channels, h, w) = node.attrs, node.shape
     (kernel_h, kernel_w), stride = a["kernel"], a["stride"][0]
@@ -118,10 +125,11 @@ def _block(node: Node) -> tuple[float, float, int]:
         anew = kernel_w * ((rows - 1) * stride + kernel_h) / rows
         macs += pixels * hidden * anew * max(16, node.inputs[0].shape[1])
         instructions += pixels * hidden * anew * _EXPANDED
-    programs = n * -(-h // rows) * -(-w // columns)
+    turns, programs = -(-hidden // 16), n * -(-h // rows) * -(-w // columns)
+    again = ((rows - 1) * stride + kernel_h) / (rows * stride) * torch.Size(node.inputs[0].shape).numel()
     if a["project"]:
         macs += pixels * hidden * max(16, out_channels)
         instructions += pixels * out_channels * _EPILOGUE
     else:
-        programs *= -(-hidden // 16)
-    return macs, instructions, programs
+        turns, programs = 1, programs * turns
+    return macs, instructions, again, turns, programs
