@@ -141,8 +141,9 @@ class CudaPlan:
         return self.out_spec.unflatten(leaves)
 
     def _results(self, tensors: list[Tensor], memory_format: torch.memory_format) -> list[Tensor]:
-        # A caller's own CUDA graph takes in the steps one by one.
-        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing() or not self._is_recorded(tensors):
+        # A caller's own CUDA graph takes in the steps one by one; an empty batch launches nothing.
+        apart = self.device.type != "cuda" or not all(tensor.numel() for tensor in tensors)
+        if apart or torch.cuda.is_current_stream_capturing() or not self._is_recorded(tensors):
             return [_owned(result, memory_format) for result in self.execute(tensors)]
         shared, stream = self.weights, torch.cuda.current_stream()
         with shared.lock:
