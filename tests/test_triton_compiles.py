@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
-from benchmarks.triton_offline import CHIPS, DTYPES, compile_for, layers, record  # noqa: E402
+from benchmarks.triton_offline import CHIPS, DTYPES, compile_all, compile_for, layers, page, record, rows  # noqa: E402
 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
@@ -29,3 +29,23 @@ def test_kernels_compile(dtype, channels_last):
                 # A stem's three channels are loaded one by one.
                 assert resources.load_bytes == 16 or label.startswith("3 →"), what
                 assert resources.store_bytes == 16, what
+
+
+def test_page_has_a_row_a_kernel_and_a_column_an_architecture():
+    table = [next(rows([dtype], [80, 90], "^epilogue")) for dtype in ("fp16", "fp64")]
+    compiled = compile_all(table, 2)
+    assert set(compiled) == {(0, 80), (0, 90), (1, 90)}
+    head, _, half, double = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page(table, compiled, [80, 90]).splitlines()
+        if line.startswith("|")
+    )
+    assert head[-2:] == ["sm_80", "sm_90"] and half[:5] == [
+        "epilogue_forward",
+        table[0].label,
+        "fp16",
+        "channels_last",
+        "16, 16",
+    ]
+    assert half[5].split(" · ")[0] == str(compiled[0, 80].registers)
+    assert double[5] == "" and double[6]

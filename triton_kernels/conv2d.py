@@ -32,7 +32,7 @@ from .common import (
 )
 from .tiles import chip_of, conv2d_tile
 
-# Rows of packed weights are padded to whole vectors of 16 bytes, of any type.
+# Rows of packed weights are a multiple of this: Triton sees of an argument whether it is, and loads whole vectors then.
 _ROW = 16
 
 

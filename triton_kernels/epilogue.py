@@ -116,7 +116,8 @@ def epilogue(
     gate = None if gate is None else gate.reshape(batch, channels).contiguous()
     x, r, y = input, residual, out
     if not channels_last:
-        x, r, y = (None if t is None else t.reshape(batch, 1, channels, height * width) for t in (x, r, y))
+        y = out.view(batch, 1, channels, height * width)
+        x, r = (None if t is None else t.reshape(y.shape) for t in (x, r))
     x, r = (None if t is None else arrange_pixels(t, channels_last) for t in (x, r))
     images, pixels, strides = batch, y.shape[2] * y.shape[3], image_strides
     if channels_last and gate is None:  # then nothing tells the images apart

@@ -137,7 +137,8 @@ def pointwise_tile(
         images * -(-pixels // block_m) * out_blocks < chip.multiprocessors or block_m >= 2 * pixels
     ):
         block_m //= 2
-    warps = 4 if block_m * max(block_n, block_k) <= 4096 else 8
+    # At most 64 bytes a thread of input, weights and what comes out: more spills.
+    warps = 4 if max(block_m * block_n, block_m * block_k, block_n * block_k) * itemsize <= 8192 else 8
     blocks = images * -(-pixels // block_m)
     # Programs that keep their weights take several blocks of pixels, as many as make four programs a multiprocessor.
     programs = min(blocks, max(1, 4 * chip.multiprocessors // out_blocks)) if channels <= block_k else blocks
