@@ -14,7 +14,7 @@ by at most 4 · n · eps times the sum of its terms' magnitudes. silu and sigmoi
 **Gradients.** They are deterministic. `depthwise_conv2d` and `batch_norm_act` have Triton kernels for theirs; those of
 the others, on the CPU all, and second derivatives come from the reference, which is computed again.
 
-**Autocast.** On the CPU the reference runs under it. On GPUs, the convolutions cast input, weight and gate to autocast's
+**Autocast.** On the CPU the reference runs under it. On GPUs, the convolutions cast input, weight and gate to its
 dtype, and a residual of another is added as PyTorch adds it; `batch_norm_act` keeps the input's dtype and
 `squeeze_excite` runs in it.
 
