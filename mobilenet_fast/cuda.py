@@ -49,6 +49,18 @@ def _look(index: int) -> str | None:
     return None
 
 
+def summary() -> str:
+    """Whether the Triton kernels run here, and why not, in one line."""
+    if INTERPRETED:
+        return "run in Triton's interpreter (TRITON_INTERPRET=1)" if _IS_INSTALLED else f"do not run: {missing()}"
+    lacks = {index: missing(index) for index in range(torch.cuda.device_count())} or {0: missing()}
+    if not any(lacks.values()):
+        return "run"
+    if len(lacks) == 1:
+        return f"do not run: {lacks[0]}"
+    return "; ".join(f"GPU {index}: {'run' if why is None else f'do not run: {why}'}" for index, why in lacks.items())
+
+
 def why_not(input: Tensor) -> str | None:
     """What keeps the Triton kernels from this tensor, in words; None if they take it."""
     if not (input.is_cuda or (INTERPRETED and input.is_cpu)) or input.layout is not torch.strided:

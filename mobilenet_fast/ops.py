@@ -132,7 +132,9 @@ def _register_autograd(operation: str) -> None:
         twice = torch.is_grad_enabled()
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):  # the operands have the kernel's dtypes
             if triton_formula is not None and uses_triton(operands[0]) and not twice:
-                return triton_formula(ctx.needs_input_grad, grad, *operands)
+                given = len(ctx.needs_input_grad)  # arguments at their default are not, at the end
+                needed = (*ctx.needs_input_grad, *[False] * (len(operands) - given))
+                return triton_formula(needed, grad, *operands)[:given]
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
             with torch.enable_grad():
                 for i in wanted:
