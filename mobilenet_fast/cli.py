@@ -159,7 +159,7 @@ def profile(options) -> int:
 
 
 def info(options) -> int:
-    from mobilenet_fast import _C
+    from mobilenet_fast import _C, cuda
 
     cap = os.environ.get("MOBILENET_FAST_ISA")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -173,6 +173,7 @@ def info(options) -> int:
         "threads": torch.get_num_threads(),
         "Triton": version("triton") if find_spec("triton") else "not installed",
         "GPU": ", ".join(gpus) or "none",
+        "Triton kernels": cuda.summary(),
     }
     for name, value in facts.items():
         print(f"{name:<18}{value}")

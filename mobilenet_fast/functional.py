@@ -1,15 +1,26 @@
 """The operations as functions, named and ordered as in `torch.nn.functional`, plus ``activation=`` and ``backend=``.
 
-float32 and float64 tensors on the CPU run in the C++ kernels, everything else in the plain PyTorch of
-`mobilenet_fast.reference`. ``backend="cpp"`` insists on the kernels and ``backend="reference"`` on PyTorch.
+float32 and float64 tensors on the CPU run in the C++ kernels; float16, bfloat16, float32 and float64 tensors on an
+NVIDIA GPU of compute capability 7.0 or newer in the Triton kernels, if Triton is installed; everything else, and what
+`torch.export` exports, in the plain PyTorch of `mobilenet_fast.reference`. ``backend="cpp"`` and ``backend="triton"``
+insist on those kernels, ``backend="reference"`` on PyTorch. In Triton's interpreter (``TRITON_INTERPRET=1``),
+``backend="triton"`` takes CPU tensors too, for which no derivative is asked.
 
 **Error.** With eps of the dtype and n the number of terms of an output's sum, an output differs from its exact value
 by at most 4 · n · eps times the sum of its terms' magnitudes. silu and sigmoid of it add at most 5e-7 (float32) or
-6e-16 (float64) of their value.
+6e-16 (float64) of their value. On GPUs, float32 products of 1x1 convolutions are rounded to TF32 where
+``torch.backends.cudnn.allow_tf32`` lets PyTorch's own be.
+
+**Gradients.** They are deterministic. `depthwise_conv2d` and `batch_norm_act` have Triton kernels for theirs; those of
+the others, on the CPU all, and second derivatives come from the reference, which is computed again.
+
+**Autocast.** On the CPU the reference runs under it. On GPUs, the convolutions cast input, weight and gate to its
+dtype, and a residual of another is added as PyTorch adds it; `batch_norm_act` keeps the input's dtype and
+`squeeze_excite` runs in it.
 
 **Raises.** ValueError for a shape, value, device or backend that an operation can't take; TypeError for a dtype that
-it can't, one unlike the input's, or an argument of another type; NotImplementedError where ``backend="cpp"`` has no
-kernel for a valid input.
+it can't, one unlike the input's, or an argument of another type; NotImplementedError where a backend that was asked for
+has no kernel for a valid input, or can't run.
 """
 
 from __future__ import annotations
@@ -22,7 +33,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import _C, ops, reference  # noqa: F401  ops completes the operators
+from . import _C, cuda, ops, reference
 
 __all__ = ["batch_norm_act", "depthwise_conv2d", "pointwise_conv2d", "squeeze_excite"]
 
@@ -49,11 +60,11 @@ def depthwise_conv2d(
     Args:
         input: (N, C, H, W) of any strides.
         weight: (C·M, 1, kH, kW); channel c is filtered by weights c·M … c·M + M - 1.
-        bias: (C·M,).
+        bias: (C·M,); float32 will do beside a half-precision input.
         stride, padding, dilation: one number or (vertical, horizontal); ``padding`` also "same" or "valid".
         activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
-        scale: (C·M,), a factor for each filter, such as a batch norm's; it costs nothing.
-        backend: None, "cpp" or "reference".
+        scale: as ``bias``, a factor for each filter, such as a batch norm's; it costs nothing.
+        backend: None, "cpp", "triton" or "reference".
 
     Returns:
         (N, C·M, H', W'), channels_last if input or weight is, as from ``F.conv2d``; a sum of kH·kW + 1 terms.
@@ -89,12 +100,12 @@ def pointwise_conv2d(
     Args:
         input: (N, C, H, W) of any strides.
         weight: (K, C, 1, 1).
-        bias: (K,).
+        bias: (K,); float32 will do beside a half-precision input.
         activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
         gate: (N, C, 1, 1), a factor for each input channel, such as a squeeze-excite's.
         residual: (N, K, H, W), added before the activation.
-        scale: (K,), a factor for each filter, such as a batch norm's; it costs nothing.
-        backend: None, "cpp" or "reference".
+        scale: as ``bias``, a factor for each filter, such as a batch norm's; it costs nothing.
+        backend: None, "cpp", "triton" or "reference".
 
     Returns:
         (N, K, H, W), channels_last if input or weight is, as from ``F.conv2d``; a sum of C + 2 terms.
@@ -123,10 +134,10 @@ def batch_norm_act(
 
     Args:
         input: (N, C, H, W) of any strides.
-        running_mean, running_var, weight, bias: (C,).
+        running_mean, running_var, weight, bias: (C,); float32 will do beside a half-precision input.
         eps: added to the variance.
         activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
-        backend: None, "cpp" or "reference".
+        backend: None, "cpp", "triton" or "reference".
 
     Returns:
         (N, C, H, W), in the layout that ``F.batch_norm`` gives; a sum of 3 terms.
@@ -158,7 +169,7 @@ def squeeze_excite(
         weight1, bias1: (S, C, 1, 1), (S,).
         weight2, bias2: (C, S, 1, 1), (C,).
         squeeze_activation, gate_activation: "none", "relu", "relu6", "hardswish", "hardsigmoid", "silu" or "sigmoid".
-        backend: None, "cpp" or "reference".
+        backend: None, "cpp", "triton" or "reference".
 
     Returns:
         (N, C, H, W), in the layout that ``input * gate`` gives; sums of H·W, C + 1 and S + 1 terms, one after another.
@@ -186,18 +197,25 @@ def _run(operation: str, backend: str | None, operands: tuple[Tensor | None, ...
 def _implementation(
     operation: str, backend: str | None, input: Tensor, operands: tuple[Tensor | None, ...]
 ) -> Callable[..., Tensor]:
-    """What runs the operation: the bound C++ function, the operator around it, or the reference, all called alike.
+    """What runs the operation: a function around kernels, the operator around it, or the reference, all called alike.
 
-    A call of the bound function costs a microsecond, one of the operator ten: where autograd, a tracer or a tensor
+    A call of the bound C++ function costs a microsecond, one of the operator ten: where autograd, a tracer or a tensor
     subclass would not notice the difference, the first is taken.
     """
     if backend is None:
-        if not _kernels_serve(input):
+        if not _cpp_serves(input):
+            if _triton_serves(input):
+                return _triton(operation, input, operands)
             return getattr(reference, operation)
     elif backend == "reference":
         return getattr(reference, operation)
+    elif backend == "triton":
+        why = cuda.why_not(input)
+        if why is not None:
+            raise NotImplementedError(f"{operation}: backend 'triton' can't run its kernels: {why}")
+        return _triton(operation, input, operands)
     elif backend != "cpp":
-        raise ValueError(f"{operation}: backend must be None, 'cpp' or 'reference', got {backend!r}")
+        raise ValueError(f"{operation}: backend must be None, 'cpp', 'triton' or 'reference', got {backend!r}")
     elif not (input.is_cpu and input.layout is torch.strided and input.dtype in _KERNEL_DTYPES):
         raise NotImplementedError(
             f"{operation}: backend 'cpp' takes strided float32 and float64 tensors on the CPU, "
@@ -208,7 +226,19 @@ def _implementation(
     return getattr(_C, operation)
 
 
-def _kernels_serve(input: Tensor) -> bool:
+def _triton(operation: str, input: Tensor, operands: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
+    """`_implementation` of the Triton kernels."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type) or _is_observed(input, operands):
+        if not ops.uses_triton(input):
+            raise NotImplementedError(
+                f"{operation}: backend 'triton' takes tensors on the CPU where a call is only run, "
+                "got one that autograd, autocast or a tracer observes"
+            )
+        return getattr(torch.ops.mobilenet_fast, operation)
+    return getattr(cuda, operation)
+
+
+def _cpp_serves(input: Tensor) -> bool:
     return (
         input.is_cpu
         and input.dtype in _KERNEL_DTYPES
@@ -216,6 +246,15 @@ def _kernels_serve(input: Tensor) -> bool:
         # Exported programs should run where this package is not; the operators know neither autocast nor forward mode.
         and not torch.compiler.is_exporting()
         and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+    )
+
+
+def _triton_serves(input: Tensor) -> bool:
+    return (
+        input.is_cuda
+        and cuda.why_not(input) is None
+        and not torch.compiler.is_exporting()
         and forward_ad._current_level < 0
     )
 

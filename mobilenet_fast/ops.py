@@ -1,47 +1,85 @@
-"""What PyTorch must know of the operators that `_C` defines: shapes and strides for tracing, and gradients."""
+"""What PyTorch must know of the operators that `_C` defines: their kernels for CUDA, shapes and strides for tracing,
+gradients, and autocast.
+
+On the CPU, gradients are those of the reference, which the backward pass computes again. On CUDA, depthwise_conv2d and
+batch_norm_act have Triton kernels for theirs, which are operators too, so that compiled backward passes see them; they
+compute again what the activation was applied to. Second derivatives go through the reference everywhere: a backward
+pass that is to be differentiated (``create_graph=True``) uses it. All of them add in the same order each time.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import _C, reference  # noqa: F401  importing _C defines the operators
+from . import _C, cuda, reference  # noqa: F401  importing _C defines the operators
+
+OPERATIONS = ("depthwise_conv2d", "pointwise_conv2d", "batch_norm_act", "squeeze_excite")
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_AUTOCAST_KEYS = _AUTOCAST_KEYS | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+_library = torch.library.Library("mobilenet_fast", "FRAGMENT")
+_library.define(
+    "depthwise_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
+    "int[2] dilation, bool need_input, bool need_weight) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "batch_norm_act_backward(Tensor grad_output, Tensor input, Tensor running_mean, Tensor running_var, "
+    "Tensor? weight, Tensor? bias, float eps, str activation) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+for _operation in (*OPERATIONS, "depthwise_conv2d_backward", "batch_norm_act_backward"):
+    _library.impl(_operation, getattr(cuda, _operation), "CUDA")
 
 
-def _empty_conv_output(input: Tensor, weight: Tensor, size: tuple) -> Tensor:
-    # F.conv2d's rule: channels_last if either operand is.
-    formats = suggest_memory_format(input), suggest_memory_format(weight)
-    wanted = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=wanted)
+def uses_triton(input: Tensor) -> bool:
+    """Whether the operators run the Triton kernels for this tensor, or for a fake of it."""
+    return input.is_cuda
 
 
 def _check_dtype(operation: str, input: Tensor) -> None:
     """The operators are the kernels; the reference takes more."""
-    if input.dtype not in (torch.float32, torch.float64):
+    if uses_triton(input):
+        if input.dtype not in cuda.DTYPES:
+            dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in cuda.DTYPES)
+            raise NotImplementedError(f"{operation}: input must be one of {dtypes} on CUDA, got {input.dtype}")
+    elif input.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{operation}: input must be float32 or float64, got {input.dtype}")
+
+
+def _empty_image_like(input: Tensor) -> Tensor:
+    """What the Triton kernels give for an image: dense, channels_last if the input is."""
+    return torch.empty_like(input, memory_format=suggest_memory_format(input))
 
 
 @torch.library.register_fake("mobilenet_fast::depthwise_conv2d")
 def _(input, weight, bias=None, stride=1, padding=0, dilation=1, activation="none", scale=None):
-    _check_dtype("depthwise_conv2d", input)
     stride, padding, dilation = map(reference.pair, (stride, padding, dilation))
     reference.check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation, scale)
-    map_size = map(reference.conv_output_size, input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return _empty_conv_output(input, weight, (input.size(0), weight.size(0), *map_size))
+    _check_dtype("depthwise_conv2d", input)
+    sides = reference.each_side(padding)
+    map_size = map(reference.conv_output_size, input.shape[2:], weight.shape[2:], stride, sides, dilation)
+    return cuda.empty_conv_output(input, weight, (input.size(0), weight.size(0), *map_size))
 
 
 @torch.library.register_fake("mobilenet_fast::pointwise_conv2d")
 def _(input, weight, bias=None, activation="none", gate=None, residual=None, scale=None):
-    _check_dtype("pointwise_conv2d", input)
     reference.check_pointwise_conv2d(input, weight, bias, activation, gate, residual, scale)
-    return _empty_conv_output(input, weight, (input.size(0), weight.size(0), *input.shape[2:]))
+    _check_dtype("pointwise_conv2d", input)
+    return cuda.empty_conv_output(input, weight, (input.size(0), weight.size(0), *input.shape[2:]))
 
 
 @torch.library.register_fake("mobilenet_fast::batch_norm_act")
 def _(input, running_mean, running_var, weight=None, bias=None, eps=1e-5, activation="none"):
-    _check_dtype("batch_norm_act", input)
     reference.check_batch_norm_act(input, running_mean, running_var, weight, bias, eps, activation)
+    _check_dtype("batch_norm_act", input)
+    if uses_triton(input):
+        return _empty_image_like(input)
     if input.size(0) == 0:
         return torch.empty_like(input)
     # F.batch_norm prefers contiguous where a shape fits both layouts, other than F.conv2d.
@@ -51,14 +89,39 @@ def _(input, running_mean, running_var, weight=None, bias=None, eps=1e-5, activa
 
 @torch.library.register_fake("mobilenet_fast::squeeze_excite")
 def _(input, weight1, bias1, weight2, bias2, squeeze_activation="relu", gate_activation="hardsigmoid"):
-    _check_dtype("squeeze_excite", input)
     reference.check_squeeze_excite(input, weight1, bias1, weight2, bias2, squeeze_activation, gate_activation)
+    _check_dtype("squeeze_excite", input)
+    if uses_triton(input):
+        return _empty_image_like(input)
     return input * input.new_empty((*input.shape[:2], 1, 1))
 
 
+@torch.library.register_fake("mobilenet_fast::depthwise_conv2d_backward")
+def _(grad_output, input, weight, stride, padding, dilation, need_input, need_weight):
+    from .triton_kernels.common import arrange
+
+    grads = []
+    if need_input:
+        channels_last = torch.channels_last in map(suggest_memory_format, (input, weight))
+        grads.append(torch.empty_like(arrange(input, channels_last)))
+    if need_weight:
+        grads.append(weight.new_empty(weight.shape))
+    return grads
+
+
+@torch.library.register_fake("mobilenet_fast::batch_norm_act_backward")
+def _(grad_output, input, running_mean, running_var, weight, bias, eps, activation):
+    from .triton_kernels.common import arrange_pixels
+
+    grad_input = torch.empty_like(arrange_pixels(input, suggest_memory_format(input) == torch.channels_last))
+    sums = input.new_empty((2, input.size(1)), dtype=torch.promote_types(input.dtype, torch.float32))
+    return grad_input, sums[1].clone(), sums[0].clone()
+
+
 def _register_autograd(operation: str) -> None:
-    """Gradients of an operator: those of its reference, computed again in the backward pass."""
+    """Gradients of an operator: by Triton kernels or those of its reference."""
     formula = getattr(reference, operation)
+    triton_formula = _TRITON_GRADIENTS.get(operation)
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
@@ -66,18 +129,128 @@ def _register_autograd(operation: str) -> None:
 
     def backward(ctx, grad):
         operands = [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         twice = torch.is_grad_enabled()
-        with torch.enable_grad():
-            for i in wanted:
-                # An alias ends this small graph at the operand, and still leads on to it for a second derivative.
-                operands[i] = operands[i].view_as(operands[i])
-            output = formula(*operands)
-        grads = iter(torch.autograd.grad(output, [operands[i] for i in wanted], grad, create_graph=twice))
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):  # the operands have the kernel's dtypes
+            if triton_formula is not None and uses_triton(operands[0]) and not twice:
+                given = len(ctx.needs_input_grad)  # arguments at their default are not, at the end
+                needed = (*ctx.needs_input_grad, *[False] * (len(operands) - given))
+                return triton_formula(needed, grad, *operands)[:given]
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            with torch.enable_grad():
+                for i in wanted:
+                    # An alias ends this small graph at the operand, and still leads on to it for a second derivative.
+                    operands[i] = operands[i].view_as(operands[i])
+                output = formula(*operands)
+            grads = iter(torch.autograd.grad(output, [operands[i] for i in wanted], grad, create_graph=twice))
         return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
 
     torch.library.register_autograd(f"mobilenet_fast::{operation}", backward, setup_context=setup_context)
 
 
-for _operation in ("depthwise_conv2d", "pointwise_conv2d", "batch_norm_act", "squeeze_excite"):
+# The gradient at an activation's input, from that at its output.
+_ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+    "relu6": lambda grad, x: torch.ops.aten.hardtanh_backward(grad, x, 0, 6),
+    "hardswish": torch.ops.aten.hardswish_backward,
+    "hardsigmoid": torch.ops.aten.hardsigmoid_backward,
+    "silu": torch.ops.aten.silu_backward,
+    "sigmoid": lambda grad, x: torch.ops.aten.sigmoid_backward(grad, x.sigmoid()),
+}
+
+
+def _depthwise_gradients(needed, grad, input, weight, bias, stride, padding, dilation, activation, scale):
+    geometry = stride, padding, dilation
+    if activation != "none":
+        inner = torch.ops.mobilenet_fast.depthwise_conv2d(input, weight, bias, *geometry, "none", scale)
+        grad = _ACTIVATION_GRADIENTS[activation](grad, inner)
+    grads = [None] * len(needed)
+    need_input, need_filters = needed[0], needed[1] or needed[7]
+    if need_input or need_filters:
+        found = torch.ops.mobilenet_fast.depthwise_conv2d_backward(
+            grad, input, reference.scaled(weight, scale), *geometry, need_input, need_filters
+        )
+        if need_input:
+            grads[0] = found[0]
+    if needed[1]:
+        grads[1] = reference.scaled(found[-1], scale)
+    if needed[2]:
+        grads[2] = grad.sum((0, 2, 3), dtype=bias.dtype)
+    if needed[7]:
+        grads[7] = (found[-1] * weight).sum((1, 2, 3), dtype=scale.dtype)
+    return tuple(grads)
+
+
+def _batch_norm_gradients(needed, grad, input, running_mean, running_var, weight, bias, eps, activation):
+    if needed[1] or needed[2]:
+        raise NotImplementedError(
+            "batch_norm_act: running_mean and running_var must need no gradient, got one that does"
+        )
+    operands = input, running_mean, running_var, weight, bias
+    found = torch.ops.mobilenet_fast.batch_norm_act_backward(grad, *operands, eps, activation)
+    grads = [None] * len(needed)
+    for i, value in zip((0, 3, 4), found, strict=True):
+        if needed[i]:
+            grads[i] = value.to(operands[i].dtype)
+    return tuple(grads)
+
+
+_TRITON_GRADIENTS = {"depthwise_conv2d": _depthwise_gradients, "batch_norm_act": _batch_norm_gradients}
+for _operation in OPERATIONS:
     _register_autograd(_operation)
+
+
+def register_autocast(library: torch.library.Library, device_type: str) -> None:
+    """Makes the operators cast their operands under autocast as PyTorch's own layers do."""
+
+    def register(operation: str, call: Callable[..., Tensor]) -> None:
+        def kernel(*arguments):
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+                return call(torch.get_autocast_dtype(device_type), *arguments)
+
+        library.impl(operation, kernel, f"Autocast{device_type.upper()}")
+
+    for operation, call in _UNDER_AUTOCAST.items():
+        register(operation, call)
+
+
+def _cast(dtype: torch.dtype, *operands: Tensor | None, keep_float32: bool = False) -> list[Tensor | None]:
+    """The operands in this dtype; as in PyTorch, float64 stays."""
+    kept = (torch.float64, torch.float32) if keep_float32 else (torch.float64,)
+    return [t if t is None or not t.is_floating_point() or t.dtype in kept else t.to(dtype) for t in operands]
+
+
+def _autocast_depthwise(
+    dtype, input, weight, bias=None, stride=1, padding=0, dilation=1, activation="none", scale=None
+):
+    input, weight = _cast(dtype, input, weight)
+    bias, scale = _cast(dtype, bias, scale, keep_float32=True)
+    arguments = input, weight, bias, stride, padding, dilation, activation, scale
+    return torch.ops.mobilenet_fast.depthwise_conv2d(*arguments)
+
+
+def _autocast_pointwise(dtype, input, weight, bias=None, activation="none", gate=None, residual=None, scale=None):
+    input, weight, gate = _cast(dtype, input, weight, gate)
+    bias, scale = _cast(dtype, bias, scale, keep_float32=True)
+    if residual is None or residual.dtype == input.dtype:
+        return torch.ops.mobilenet_fast.pointwise_conv2d(input, weight, bias, activation, gate, residual, scale)
+    # PyTorch's sum of two dtypes has the wider one.
+    output = torch.ops.mobilenet_fast.pointwise_conv2d(input, weight, bias, "none", gate, None, scale)
+    return reference.ACTIVATIONS[activation](output + residual)
+
+
+def _autocast_squeeze_excite(dtype, input, *operands):
+    """Runs in the input's dtype, which the product with a gate of the lower one has."""
+    if input.dtype not in (torch.float32, dtype):
+        with torch.autocast(input.device.type, dtype):
+            return reference.squeeze_excite(input, *operands)
+    layers = _cast(input.dtype, *operands[:4])
+    return torch.ops.mobilenet_fast.squeeze_excite(input, *layers, *operands[4:])
+
+
+_UNDER_AUTOCAST: dict[str, Callable[..., Tensor]] = {
+    "depthwise_conv2d": _autocast_depthwise,
+    "pointwise_conv2d": _autocast_pointwise,
+    "batch_norm_act": lambda dtype, *arguments: torch.ops.mobilenet_fast.batch_norm_act(*arguments),
+    "squeeze_excite": _autocast_squeeze_excite,
+}
+register_autocast(_library, "cuda")

@@ -34,14 +34,18 @@ def depthwise_conv2d(
     """``activation(F.conv2d(input, scale * weight, bias, stride, padding, dilation, groups=input.size(1)))``"""
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
     check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation, scale)
-    weight = _scaled(weight, scale)
-    return ACTIVATIONS[activation](F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.size(1)))
+    groups = input.size(1)
+    if len(padding) == 4:
+        top, bottom, left, right = padding
+        input, padding = F.pad(input, (left, right, top, bottom)), (0, 0)
+    weight, bias = scaled(weight, scale), _like(weight, bias)
+    return ACTIVATIONS[activation](F.conv2d(input, weight, bias, stride, padding, dilation, groups))
 
 
 def pointwise_conv2d(input, weight, bias=None, activation="none", gate=None, residual=None, scale=None) -> Tensor:
     """``activation(F.conv2d(input * gate, scale * weight, bias) + residual)``"""
     check_pointwise_conv2d(input, weight, bias, activation, gate, residual, scale)
-    output = F.conv2d(input if gate is None else input * gate, _scaled(weight, scale), bias)
+    output = F.conv2d(input if gate is None else input * gate, scaled(weight, scale), _like(weight, bias))
     return ACTIVATIONS[activation](output if residual is None else output + residual)
 
 
@@ -60,9 +64,14 @@ def squeeze_excite(
     return input * ACTIVATIONS[gate_activation](F.conv2d(squeezed, weight2, bias2))
 
 
-def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
     """The filters, each times its output channel's factor."""
-    return weight if scale is None else weight * scale.view(-1, 1, 1, 1)
+    return weight if scale is None else _like(weight, weight * scale.view(-1, 1, 1, 1))
+
+
+def _like(weight: Tensor, operand: Tensor | None) -> Tensor | None:
+    """The operand, which may be float32 beside a half-precision weight, in the weight's dtype."""
+    return operand if operand is None or operand.dtype == weight.dtype else operand.to(weight.dtype)
 
 
 # Sizes computed from such numbers stay far from where 64 bits end.
@@ -88,8 +97,14 @@ def _plain_integer(value):
         return value  # for the checks to refuse
 
 
-def conv_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def each_side(padding: tuple) -> tuple[tuple, tuple]:
+    """Rows above and below, columns left and right, of padding as `check_depthwise_conv2d` takes it."""
+    return (padding[:2], padding[2:]) if len(padding) == 4 else ((padding[0],) * 2, (padding[1],) * 2)
+
+
+def conv_output_size(size: int, kernel: int, stride: int, padding: tuple, dilation: int) -> int:
+    """``padding``: before and behind."""
+    return (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def check_activation(operation: str, name: str, argument: str = "activation") -> None:
@@ -100,8 +115,9 @@ def check_activation(operation: str, name: str, argument: str = "activation") ->
 
 
 def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activation, scale) -> None:
+    """Four numbers of padding, `each_side`'s, are for `mobilenet_fast.nn.Conv2dSame` alone."""
     operation = "depthwise_conv2d"
-    _check_input(operation, input, {"weight": weight}, {"bias": bias, "scale": scale})
+    _check_input(operation, input, {"weight": weight}, {"bias": bias, "scale": scale}, ("bias", "scale"))
     channels = input.size(1)
     if weight.dim() != 4 or weight.size(1) != 1 or weight.size(0) == 0 or weight.size(0) % channels:
         raise ValueError(
@@ -112,13 +128,13 @@ def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activ
     _check_shape(operation, "bias", bias, (weight.size(0),))
     _check_shape(operation, "scale", scale, (weight.size(0),))
     for name, value, least in (("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0)):
-        if len(value) != 2:
+        if len(value) != 2 and not (name == "padding" and len(value) == 4):
             raise ValueError(f"{operation}: {name} must be one number or two, got {len(value)}")
         if not all(isinstance(number, (int, torch.SymInt)) for number in value):
             raise TypeError(f"{operation}: {name} must be integers, got {tuple(value)}")
         if min(value) < least or max(value) > _LARGEST:
             raise ValueError(f"{operation}: {name} must be at least {least} and at most {_LARGEST}, got {tuple(value)}")
-    padded = tuple(size + 2 * p for size, p in zip(input.shape[2:], padding, strict=True))
+    padded = tuple(size + sum(p) for size, p in zip(input.shape[2:], each_side(padding), strict=True))
     spanned = tuple(d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))
     if spanned[0] > padded[0] or spanned[1] > padded[1]:
         raise ValueError(f"{operation}: the dilated kernel must fit into the padded input {padded}, got {spanned}")
@@ -128,7 +144,7 @@ def check_depthwise_conv2d(input, weight, bias, stride, padding, dilation, activ
 def check_pointwise_conv2d(input, weight, bias, activation, gate, residual, scale) -> None:
     operation = "pointwise_conv2d"
     optional = {"bias": bias, "gate": gate, "residual": residual, "scale": scale}
-    _check_input(operation, input, {"weight": weight}, optional)
+    _check_input(operation, input, {"weight": weight}, optional, ("bias", "scale"))
     batch, channels, height, width = input.shape
     if weight.dim() != 4 or weight.size(0) == 0 or tuple(weight.shape[1:]) != (channels, 1, 1):
         raise ValueError(f"{operation}: weight must be (K, C, 1, 1) with C={channels}, got {_shape(weight)}")
@@ -143,7 +159,7 @@ def check_batch_norm_act(input, running_mean, running_var, weight, bias, eps, ac
     operation = "batch_norm_act"
     statistics = {"running_mean": running_mean, "running_var": running_var}
     parameters = {"weight": weight, "bias": bias}
-    _check_input(operation, input, statistics, parameters, keeps_float32=True)
+    _check_input(operation, input, statistics, parameters, (*statistics, *parameters))
     for name, parameter in (statistics | parameters).items():
         _check_shape(operation, name, parameter, (input.size(1),))
     if not hasattr(eps, "__float__"):
@@ -170,7 +186,7 @@ def _check_input(
     input: Tensor,
     required: dict[str, Tensor],
     optional: dict[str, Tensor | None],
-    keeps_float32: bool = False,
+    keep_float32: tuple[str, ...] = (),
 ) -> None:
     for name, operand in ({"input": input} | required).items():
         if not isinstance(operand, Tensor):
@@ -189,10 +205,15 @@ def _check_input(
             continue
         if operand.device != input.device:
             raise ValueError(f"{operation}: {name} must be on {input.device} as input is, got {operand.device}")
-        # As in torch, the parameters of a half-precision batch norm may stay in float32.
-        same = operand.dtype == input.dtype or (keeps_float32 and operand.dtype == torch.float32 and input.itemsize < 4)
-        if not same and not _is_autocast(input.device.type):
+        # As in torch, the parameters of a half-precision batch norm may stay in float32; and what it is folded into.
+        stays = name in keep_float32 and may_stay_float32(input, operand)
+        if not (stays or operand.dtype == input.dtype) and not _is_autocast(input.device.type):
             raise TypeError(f"{operation}: {name} must be {input.dtype} as input is, got {operand.dtype}")
+
+
+def may_stay_float32(input: Tensor, operand: Tensor) -> bool:
+    """Whether the operand is float32 beside a half-precision input."""
+    return operand.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
 
 
 def _is_autocast(device_type: str) -> bool:

@@ -50,8 +50,9 @@ def replace_layers(
     Replaced are depthwise and 1x1 `nn.Conv2d`, `nn.BatchNorm2d`, and `nn.Sequential` with any subclass that leaves
     its forward alone (it becomes a `FusedSequential`, which runs convolution, batch norm and activation as one kernel
     call); torchvision's `SqueezeExcitation`; timm's `BatchNormAct2d`, `Conv2dSame`, `SqueezeExcite` and `SEModule`; the
-    blocks of both's EfficientNets and MobileNets. What gains is inference on float32 and float64 CPU tensors under
-    `torch.no_grad` or `torch.inference_mode`; training, other devices and export run as before.
+    blocks of both's EfficientNets and MobileNets. What gains is inference under `torch.no_grad` or
+    `torch.inference_mode` on tensors that `mobilenet_fast.functional` has kernels for, and on GPUs the training of
+    depthwise convolutions; other training, other devices and export run as before.
 
     Args:
         model: any module; it is changed in place.

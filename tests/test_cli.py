@@ -3,11 +3,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mobilenet_fast import cli
+from mobilenet_fast import cli, cuda
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -188,6 +189,36 @@ def test_info_obeys_the_cap():
     facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert facts["used"] == "scalar (MOBILENET_FAST_ISA=scalar)"
     assert facts["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    "installed, capabilities, line",
+    [
+        (True, [], "do not run: there is no GPU that PyTorch can use"),
+        (False, [(9, 0)], "do not run: Triton is not installed"),
+        (True, [(9, 0)], "run"),
+        (True, [(7, 0), (8, 6)], "run"),
+        (True, [(6, 1)], "do not run: the GPU has compute capability 6.1, and 7.0 is needed"),
+        (
+            True,
+            [(6, 1), (8, 0)],
+            "GPU 0: do not run: the GPU has compute capability 6.1, and 7.0 is needed; GPU 1: run",
+        ),
+    ],
+)
+def test_info_tells_whether_the_triton_kernels_run(installed, capabilities, line, monkeypatch, capsys):
+    properties = [SimpleNamespace(major=major, minor=minor) for major, minor in capabilities]
+    monkeypatch.setattr(cuda, "INTERPRETED", False)
+    monkeypatch.setattr(cuda, "_IS_INSTALLED", installed)
+    monkeypatch.setattr(cuda, "_found", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(properties))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(properties))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert cli.main(["info"]) == 0
+    facts = {row[:18].strip(): row[18:] for row in capsys.readouterr().out.splitlines()}
+    assert facts["Triton kernels"] == line
 
 
 def test_profile_prints_a_row_a_step(capsys):

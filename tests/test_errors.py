@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from helpers import OPERATIONS, arguments, function
 
-from mobilenet_fast import _C, functional, reference
+from mobilenet_fast import _C, cuda, functional, reference
 
 
 def zeros(*shape, dtype=torch.float32):
@@ -189,8 +189,21 @@ def test_unknown_instruction_set(operation):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_unknown_backend(operation):
-    with pytest.raises(ValueError, match=rf"^{operation}: backend must be .*'triton'"):
-        function(operation, "triton")(*arguments(operation))
+    with pytest.raises(ValueError, match=rf"^{operation}: backend must be None, 'cpp', 'triton' or .*, got 'cudnn'$"):
+        function(operation, "cudnn")(*arguments(operation))
+
+
+@pytest.mark.skipif(cuda.INTERPRETED, reason="interpreted kernels take CPU tensors")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_triton_refuses_the_cpu(operation):
+    args = arguments(operation)
+    with pytest.raises(
+        NotImplementedError,
+        match=rf"^{operation}: backend 'triton' .*: they take strided CUDA tensors, got torch.strided on cpu$",
+    ):
+        function(operation, "triton")(*args)
+    with pytest.raises(NotImplementedError, match=rf"^{operation}: the Triton kernels .* got torch.strided on cpu$"):
+        getattr(cuda, operation)(*args)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.int64, torch.complex64))

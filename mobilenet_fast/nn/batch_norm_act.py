@@ -12,8 +12,9 @@ from .dispatch import kernels_serve, known
 class BatchNormAct2d(nn.BatchNorm2d):
     """``activation(nn.BatchNorm2d(num_features, ...)(input))``
 
-    An `nn.BatchNorm2d` in constructor, attributes and state_dict. In eval mode, float32 and float64 CPU tensors that
-    need no gradient run in the C++ kernel, in one pass; everything else, and training, runs as `nn.BatchNorm2d` does.
+    An `nn.BatchNorm2d` in constructor, attributes and state_dict. In eval mode, tensors that
+    `mobilenet_fast.functional` has kernels for and that need no gradient run in one, in one pass; everything else, and
+    training, runs as `nn.BatchNorm2d` does. Of half-precision images, parameters and statistics may be float32.
     `nn.SyncBatchNorm.convert_sync_batchnorm` makes an `nn.SyncBatchNorm` of it and so drops the activation: keep the
     two apart where that is used.
 
@@ -70,7 +71,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return (
             uses_running_statistics(self)
             and self.activation is not None
-            and kernels_serve(input, self.running_mean, self.running_var, self.weight, self.bias)
+            and kernels_serve(input, norm=(self.running_mean, self.running_var, self.weight, self.bias))
         )
 
     def extra_repr(self) -> str:

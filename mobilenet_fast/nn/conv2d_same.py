@@ -21,7 +21,7 @@ class Conv2dSame(nn.Conv2d):
 
     Shape:
         (N, C, H, W) → (N, K, ⌈H / stride⌉, ⌈W / stride⌉), in the layout that `nn.Conv2d` gives. A depthwise one runs
-        in the C++ kernel where `DepthwiseConv2d` would.
+        in a kernel where `DepthwiseConv2d` would.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Conv2dSame(nn.Conv2d):
         padded = self.pad(input)
         if (
             is_depthwise(self)
-            and kernels_serve(input, self.weight, self.bias)
+            and kernels_serve(input, self.weight, self.bias, learns_on_cuda=True)
             and input.size(1) == self.groups  # fewer would pass for a channel multiplier
         ):
             return functional.depthwise_conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation)

@@ -13,9 +13,9 @@ class DepthwiseConv2d(nn.Conv2d):
     """``activation(nn.Conv2d(in_channels, out_channels, kernel_size, ..., groups=in_channels)(input))``
 
     An `nn.Conv2d` in constructor, attributes and state_dict, with one filter, or ``out_channels / in_channels`` of
-    them, for each channel. float32 and float64 CPU tensors that need no gradient run in the C++ kernel, bias and
-    activation included; everything else (training, ``padding_mode`` other than "zeros", other dtypes and devices,
-    export) runs as `nn.Conv2d` does.
+    them, for each channel. Tensors that `mobilenet_fast.functional` has kernels for run in one, bias and activation
+    included, if they need no gradient or are on a GPU, where the gradients have kernels too; everything else (training
+    on the CPU, ``padding_mode`` other than "zeros", other dtypes and devices, export) runs as `nn.Conv2d` does.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, bias, padding_mode, device, dtype: as
@@ -73,7 +73,7 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if (
             self.padding_mode == "zeros"
-            and kernels_serve(input, self.weight, self.bias)
+            and kernels_serve(input, self.weight, self.bias, learns_on_cuda=True)
             and input.size(1) == self.groups  # fewer would pass for a channel multiplier
         ):
             return functional.depthwise_conv2d(

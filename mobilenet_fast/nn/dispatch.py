@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
+from .. import cuda
 from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
-from ..reference import check_activation
+from ..reference import check_activation, may_stay_float32
 
 ACTIVATION_LAYERS: dict[str, type[nn.Module]] = {
     "none": nn.Identity,
@@ -59,11 +60,10 @@ def is_eager() -> bool:
 
 
 def takes_input(input) -> bool:
-    """Whether kernels are written for this tensor: a plain 4-D one on the CPU, of a dtype that they have."""
+    """Whether kernels are written for this tensor: a plain 4-D one, of a dtype that they have on its device."""
     return (
         type(input) in _PLAIN_TYPES
-        and input.is_cpu
-        and input.dtype in _KERNEL_DTYPES
+        and (input.dtype in _KERNEL_DTYPES if input.is_cpu else input.is_cuda and cuda.why_not(input) is None)
         and input.layout is torch.strided
         and input.dim() == 4
         # The dispatcher alone resolves a lazy negation; a compiler sees no such inputs.
@@ -71,26 +71,62 @@ def takes_input(input) -> bool:
     )
 
 
-def takes_operands(input: Tensor, operands: Iterable[Tensor | None]) -> bool:
+def takes_operands(
+    input: Tensor,
+    operands: Iterable[Tensor | None],
+    norm: Iterable[Tensor | None] = (),
+    *,
+    casts: bool = False,
+    learns: bool = False,
+) -> bool:
     """Whether the operands are plain tensors of the input's dtype, and none of them, nor the input, needs a gradient.
 
     Gradients go through PyTorch's own operators: their backward has saved what it needs, the kernels' would compute
     it again.
+
+    Args:
+        norm: more operands, those of a batch norm: they may be float32 beside a half-precision input.
+        casts: ``operands`` may have other dtypes.
+        learns: gradients may be needed.
     """
-    dtype, differentiates = input.dtype, torch.is_grad_enabled()
+    dtype, differentiates = input.dtype, torch.is_grad_enabled() and not learns
     if differentiates and input.requires_grad:
         return False
     for operand in operands:
         if operand is not None and (
-            operand.dtype != dtype or type(operand) not in _PLAIN_TYPES or (differentiates and operand.requires_grad)
+            (operand.dtype != dtype and not casts)
+            or type(operand) not in _PLAIN_TYPES
+            or (differentiates and operand.requires_grad)
+        ):
+            return False
+    for operand in norm:
+        if operand is not None and (
+            (operand.dtype != dtype and not may_stay_float32(input, operand))
+            or type(operand) not in _PLAIN_TYPES
+            or (differentiates and operand.requires_grad)
         ):
             return False
     return True
 
 
-def kernels_serve(input: Tensor, *operands: Tensor | None) -> bool:
-    """Whether one layer may hand its call to `functional`, rather than run as its stock class does."""
-    if not (takes_input(input) and takes_operands(input, operands)):
+def kernels_serve(
+    input: Tensor, *operands: Tensor | None, norm: Iterable[Tensor | None] = (), learns_on_cuda: bool = False
+) -> bool:
+    """Whether one layer may hand its call to `functional`, rather than run as its stock class does.
+
+    Args:
+        operands: of the layer.
+        norm: those of a batch norm.
+        learns_on_cuda: the operator's gradients are good there.
+    """
+    if not takes_input(input):
+        return False
+    if input.is_cpu:
+        takes = takes_operands(input, operands, norm)
+    else:
+        casts = torch.is_autocast_enabled("cuda")  # the operators do what autocast asks
+        takes = takes_operands(input, operands, norm, casts=casts, learns=learns_on_cuda)
+    if not takes:
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()

@@ -30,9 +30,10 @@ class Links(NamedTuple):
 class Chained(nn.Module):
     """A module that runs others one after another, as few kernel calls where that makes no other difference.
 
-    That is in eager mode where batch norm uses its running statistics and no gradient is needed, for float32 and
-    float64 CPU tensors, and with modules that have no hooks; everything else runs module by module. Chains in chains
-    become one, which works on channels_last tensors whatever it takes and gives.
+    That is in eager mode where batch norm uses its running statistics and no gradient is needed, for tensors that
+    `mobilenet_fast.functional` has kernels for, and with modules that have no hooks; everything else, autocast among
+    it, runs module by module. Chains in chains become one, which works on channels_last tensors whatever it takes and
+    gives.
     """
 
     def links(self) -> Links | None:
@@ -63,8 +64,10 @@ class FusedSequential(Chained, nn.Sequential):
     """An `nn.Sequential` that runs neighbouring convolution (depthwise or 1x1), batch norm and activation as one
     kernel call, and whatever it finds of these in the `FusedSequential`s and blocks inside it.
 
-    It does so in eager mode where batch norm uses its running statistics and no gradient is needed, for float32 and
-    float64 CPU tensors, and with modules that have no hooks; everything else runs child after child.
+    It does so in eager mode where batch norm uses its running statistics and no gradient is needed, for tensors that
+    `mobilenet_fast.functional` has kernels for, and with modules that have no hooks; everything else, autocast among
+    it, runs child after child. In half precision on GPUs, batch norms may keep their parameters and statistics in
+    float32.
 
     Args:
         *args: as `nn.Sequential` takes them.
@@ -172,7 +175,8 @@ class _Segment(Step):
         return y if residual is None else y + residual
 
     def __call__(self, x, residual: Tensor | None = None):
-        if not takes_input(x) or x.numel() == 0:
+        # Under autocast of CUDA, layers run one by one, for the casts between them.
+        if not takes_input(x) or x.numel() == 0 or (x.is_cuda and torch.is_autocast_enabled("cuda")):
             return self.plain(x, residual)
         # The layout that F.conv2d gives is channels_last if any operand's is; inside, it always is.
         stays = not self.converts or x.is_contiguous(memory_format=torch.channels_last) or torch.is_grad_enabled()

@@ -12,8 +12,8 @@ from .dispatch import is_known, kernels_serve, known
 class PointwiseConv2d(nn.Conv2d):
     """``activation(nn.Conv2d(in_channels, out_channels, 1)(input))``
 
-    An `nn.Conv2d` in attributes and state_dict. float32 and float64 CPU tensors that need no gradient run in the C++
-    kernel, everything else as `nn.Conv2d` does.
+    An `nn.Conv2d` in attributes and state_dict. Tensors that `mobilenet_fast.functional` has kernels for and that need
+    no gradient run in one, everything else as `nn.Conv2d` does.
 
     Args:
         in_channels, out_channels, bias, device, dtype: as `nn.Conv2d` takes them.

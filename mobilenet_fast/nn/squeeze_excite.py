@@ -16,8 +16,8 @@ class SqueezeExcitation(nn.Module):
     """``input * scale_activation(fc2(activation(fc1(avgpool(input)))))``, with `torchvision.ops.SqueezeExcitation`'s
     constructor, attributes and state_dict.
 
-    float32 and float64 CPU tensors that need no gradient run in the C++ kernel if both activations have a name there;
-    everything else runs layer by layer.
+    Tensors that `mobilenet_fast.functional` has kernels for and that need no gradient run in those, if both
+    activations have a name there; everything else runs layer by layer.
 
     Args:
         input_channels: C.

@@ -6,10 +6,12 @@ to them counts. Where these are nothing for a kernel, it calls the modules.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
-from .. import _C, reference
+from .. import _C, cuda, reference
 from ..functional import _PLAIN_TYPES
 from .batch_norm_act import uses_running_statistics
 from .conv2d_same import Conv2dSame
@@ -36,25 +38,29 @@ class Step:
 
 
 class KernelStep(Step):
-    """Takes a 4-D float32 or float64 CPU tensor of at least one element."""
+    """Takes a tensor that `takes_input` has found good, of at least one element."""
 
     fuses = True
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         try:
-            operands = self.operands()
+            operands, norm = self.operands()
         except KeyError:
             # A plain tensor took a parameter's place.
             return self.plain(x, residual)
-        if type(x) not in _PLAIN_TYPES or not takes_operands(x, operands):
+        if type(x) not in _PLAIN_TYPES or not takes_operands(x, operands, norm):
             return self.plain(x, residual)
-        return self.run(x, residual, *operands)
+        return self.run(_C if x.is_cpu else cuda, x, residual, *operands, *norm)
 
-    def operands(self) -> tuple[Tensor | None, ...]:
-        """Parameters and statistics as they are now. A KeyError says that a module keeps them elsewhere."""
+    def operands(self) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """Parameters, and those and the statistics of a batch norm, as they are now.
+
+        A KeyError says that a module keeps them elsewhere.
+        """
         raise NotImplementedError
 
-    def run(self, x: Tensor, residual: Tensor | None, *operands: Tensor | None) -> Tensor:
+    def run(self, kernels: ModuleType, x: Tensor, residual: Tensor | None, *operands: Tensor | None) -> Tensor:
+        """``kernels``: those for where x is."""
         raise NotImplementedError
 
 
@@ -68,25 +74,24 @@ class Convolution(KernelStep):
         self.stride, self.dilation = reference.pair(conv.stride), reference.pair(conv.dilation)
         self.padding = _named_padding(conv) if isinstance(conv.padding, str) else reference.pair(conv.padding)
 
-    def operands(self) -> tuple[Tensor | None, ...]:
-        operands = _weight_and_bias(self.conv)
-        return operands if self.norm is None else operands + _statistics(self.norm)
+    def operands(self):
+        return _weight_and_bias(self.conv), () if self.norm is None else _statistics(self.norm)
 
-    def run(self, x, residual, weight, bias, *statistics):
+    def run(self, kernels, x, residual, weight, bias, *statistics):
         conv, activation, scale = self.conv, self.activation, None
         if not self.is_pointwise and x.size(1) != conv.groups:  # fewer would pass for a channel multiplier
             return self.plain(x, residual)
         if statistics:
-            scale, shift = _C.fold_batch_norm(*statistics, self.norm.eps).unbind()
+            scale, shift = kernels.fold_batch_norm(*statistics, self.norm.eps).unbind()
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
         if self.is_pointwise:
             if residual is None or not self.adds(x, residual, weight):
-                y = _C.pointwise_conv2d(x, weight, bias, activation, None, None, scale)
+                y = kernels.pointwise_conv2d(x, weight, bias, activation, None, None, scale)
             else:
-                return _C.pointwise_conv2d(x, weight, bias, activation, None, residual, scale)
+                return kernels.pointwise_conv2d(x, weight, bias, activation, None, residual, scale)
         else:
             padding = conv.same_padding(x) if isinstance(conv, Conv2dSame) else self.padding
-            y = _C.depthwise_conv2d(x, weight, bias, self.stride, padding, self.dilation, activation, scale)
+            y = kernels.depthwise_conv2d(x, weight, bias, self.stride, padding, self.dilation, activation, scale)
         return y if residual is None else y + residual
 
     def adds(self, x: Tensor, residual: Tensor, weight: Tensor) -> bool:
@@ -105,11 +110,11 @@ class Norm(KernelStep):
         super().__init__(*modules)
         self.norm, self.activation = norm, activation
 
-    def operands(self) -> tuple[Tensor | None, ...]:
-        return _statistics(self.norm)
+    def operands(self):
+        return (), _statistics(self.norm)
 
-    def run(self, x, residual, *statistics):
-        y = _C.batch_norm_act(x, *statistics, self.norm.eps, self.activation)
+    def run(self, kernels, x, residual, *statistics):
+        y = kernels.batch_norm_act(x, *statistics, self.norm.eps, self.activation)
         return y if residual is None else y + residual
 
 
@@ -120,11 +125,11 @@ class SqueezeExcite(KernelStep):
         super().__init__(module)
         self.fc1, self.squeeze, self.fc2, self.gate = module.kernel_parts()
 
-    def operands(self) -> tuple[Tensor | None, ...]:
-        return _weight_and_bias(self.fc1) + _weight_and_bias(self.fc2)
+    def operands(self):
+        return _weight_and_bias(self.fc1) + _weight_and_bias(self.fc2), ()
 
-    def run(self, x, residual, *operands):
-        y = _C.squeeze_excite(x, *operands, self.squeeze, self.gate)
+    def run(self, kernels, x, residual, *operands):
+        y = kernels.squeeze_excite(x, *operands, self.squeeze, self.gate)
         return y if residual is None else y + residual
 
 
