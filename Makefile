@@ -25,7 +25,7 @@ demo: $(BUILT) $(DEMO_DEPS)
 # Triton kernels run in their interpreter, in a process of its own.
 test: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS)
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_triton_kernels.py tests/test_triton_ops.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_triton_kernels.py tests/test_triton_ops.py tests/test_accelerate_cuda.py
 
 # What the compiler makes of the Triton kernels: docs/triton.md. Needs no GPU.
 check-triton: $(BUILT) $(TEST_DEPS)

@@ -7,12 +7,10 @@ Triton's interpreter the same steps run on CPU tensors, without a graph.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .. import cuda as operations
 from ..messages import first_line
 from .blocks import fuse_blocks
 from .capture import call_with_schema
@@ -29,7 +28,7 @@ from .passes import is_affine, is_depthwise, is_pointwise, is_sum
 from .plan import Report, Row, describe_operation, fold, is_channels_last, is_native, macs_of, makes_sums, why_aten
 from .roofline import Limits, Work, limits_of, work_of
 
-KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # the first is the default
 Values = dict[Hashable, Tensor]
 
 
@@ -212,15 +211,11 @@ def _current(device: torch.device) -> Any:
 
 
 def why_unavailable(device: torch.device) -> str | None:
-    """What the kernels lack on this device, if anything."""
-    if find_spec("triton") is None:
-        return "models on CUDA need Triton, which is not installed"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return None if major >= 7 else f"the Triton kernels need compute capability 7.0, {device} has {major}.{minor}"
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    """What keeps the kernels from running on this device, in words; None if they run."""
+    if device.type == "cpu" and not operations.INTERPRETED:
         return "backend 'triton' takes models on CUDA, and on the CPU only in Triton's interpreter, got one on the CPU"
-    return None
+    missing = operations.missing(device.index or 0)
+    return missing and f"the Triton kernels don't run: {missing}"
 
 
 def build(graph: Graph, weights: CudaWeights, device: torch.device, limits: Limits | None = None) -> CudaPlan:
