@@ -144,14 +144,18 @@ def classify(options) -> int:
 def profile(options) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        complain("--device cuda needs a GPU, torch sees none")
+        return 1
     if options.weights:
         model = load_model(options.model, options.weights)
     else:
         model = models.create_model(options.model).eval()  # speed does not depend on the weights
-    picture = torch.randn(options.batch, 3, options.size, options.size)
+    picture = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
+    dtype = options.dtype and getattr(torch, options.dtype)
     try:
-        fast = mobilenet_fast.accelerate(model, (picture,))
-    except ValueError as error:
+        fast = mobilenet_fast.accelerate(model.to(options.device), (picture,), dtype=dtype)
+    except (NotImplementedError, ValueError) as error:
         complain(str(error))
         return 1
     print(fast.profile(picture))
@@ -285,6 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--batch", type=positive, default=1, help="pictures a call (%(default)s)")
     command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
     command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="%(default)s, or the first GPU")
+    command.add_argument("--dtype", choices=("float16", "bfloat16"), help="on a GPU; float32 without it")
     command.set_defaults(run=profile)
 
     command = commands.add_parser("cost", help="count a model's multiply-accumulates, parameters and activations")
