@@ -229,3 +229,11 @@ def test_profile_prints_a_row_a_step(capsys):
     assert " ms a call on 1 thread of " in lines[-1]
     with pytest.raises(SystemExit):
         cli.main(["profile", "resnet18"])
+
+
+def test_profile_on_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["profile", "mobilenet_v3_small", "--device", "cuda"]) == 1
+    assert capsys.readouterr().err == "mobilenet_fast: --device cuda needs a GPU, torch sees none\n"
+    assert cli.main(["profile", "mobilenet_v3_small", "--size", "64", "--dtype", "float16"]) == 1
+    assert "accelerate: dtype is for models on CUDA" in capsys.readouterr().err
