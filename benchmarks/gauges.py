@@ -124,9 +124,14 @@ class GpuProcess:
         return self.answer()
 
 
-@cache
+_gpu_processes: list[GpuProcess] = []
+
+
 def gpu_process() -> GpuProcess:
-    return GpuProcess()
+    """The one of this run; another if it has ended."""
+    if not _gpu_processes or _gpu_processes[0].process.poll() is not None:
+        _gpu_processes[:] = [GpuProcess()]
+    return _gpu_processes[0]
 
 
 def gpu_facts() -> dict:

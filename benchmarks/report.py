@@ -194,6 +194,16 @@ def summary(results: list[Result]) -> str:
     return "\n".join(tables)
 
 
+def write_csv(results: list[Result], facts: dict, file: Path):
+    flat = {k: v for k, v in facts.items() if k not in ("versions", "device")}
+    flat["versions"] = " ".join(f"{k}={v}" for k, v in facts.get("versions", {}).items())
+    rows = [r.as_dict() | flat for r in results]
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def save(results: list[Result], ceilings: dict, folder: Path, facts: dict | None = None) -> list[Path]:
     """Writes .json, .csv (a row a peer, the conditions on every row) and plots under a name of their own.
 
@@ -207,12 +217,7 @@ def save(results: list[Result], ceilings: dict, folder: Path, facts: dict | None
     rows = [r.as_dict() for r in results]
     saved = {"conditions": facts, "copy_gbytes_per_second": ceilings, "results": rows}
     json_file.write_text(json.dumps(saved, indent=1) + "\n")
-    flat = {k: v for k, v in facts.items() if k not in ("versions", "device")}
-    flat["versions"] = " ".join(f"{k}={v}" for k, v in facts["versions"].items())
-    with csv_file.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *flat])
-        writer.writeheader()
-        writer.writerows(row | flat for row in rows)
+    write_csv(results, facts, csv_file)
     if version("matplotlib") is None:
         print("no plots: matplotlib is not installed", file=sys.stderr)
         return [json_file, csv_file]

@@ -177,6 +177,8 @@ def measure(
     left, group = list(peers), 0
     while left:
         ready, left = prepare(case, left, setting, limit, results)
+        if not ready:
+            continue
         group += 1
         times: dict[str, list[float]] = {}
         try:

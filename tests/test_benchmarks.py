@@ -88,6 +88,17 @@ def test_layers_are_those_of_the_model(name):
     assert all(layers.parse(str(c)) == c for c in found)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_others_that_are_missing_are_ours(name, monkeypatch):
+    build, _ = NETWORKS[name]
+    with torch.device("meta"):
+        theirs = sorted(tuple(p.shape) for p in build().parameters())
+        monkeypatch.setattr("benchmarks.cases.networks.version", lambda package: None)
+        ours = build()
+    assert type(ours).__module__.startswith("mobilenet_fast.")
+    assert sorted(tuple(p.shape) for p in ours.parameters()) == theirs
+
+
 def test_a_layer_by_its_name():
     problem = find_case("layers", "depthwise_conv2d 24x9x7 to 24 k5x3 s2 p2x1").problem(3)
     assert problem.exact[0].shape == (3, 24, 5, 4)

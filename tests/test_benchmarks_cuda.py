@@ -13,7 +13,7 @@ from test_benchmarks import tiny_network
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import gauges, report, timing
+from benchmarks import gauges, gpu_session, report, timing
 from benchmarks.cases import CASES, SUITES, Problem, Setting, cases_of, find_case, layers
 from benchmarks.cases.placed import PlacedProblem
 from benchmarks.cases.registry import Case
@@ -171,7 +171,7 @@ def test_batch_norm_and_relu_are_taken_into_convolutions():
         names = [str(node.target) for node in folded.graph.nodes if node.op == "call_function"]
         assert names.count("aten.batch_norm.default") == 1 and names.count("aten.conv2d.default") == 3
         torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
-        assert fuse_relus(folded, convolution_relu) == 2
+        assert fuse_relus(folded, convolution_relu) == 3  # a ReLU6 among them
         torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
@@ -435,3 +435,86 @@ def test_plots_are_written(fake, tmp_path):
     plots = [file for file in files if file.suffix == ".png"]
     assert [file.name.rsplit("-")[-1] for file in plots] == ["speed.png", "roofline.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in plots)
+
+
+def test_a_session_ends_with_a_table_whatever_fails(fake, tmp_path, monkeypatch):
+    def run_tests(name, arguments, seconds, out):
+        if name == "gpu":
+            raise OSError("no pytest")
+        return {"name": name, "status": "1", "summary": "1 failed", "seconds": 1.0, "failures": ["FAILED a"]}
+
+    monkeypatch.setattr(gpu_session, "run_tests", run_tests)
+    case = "pointwise_conv2d 24x7x7 to 24 k1x1 s1 p0x0"
+    steps = (
+        gpu_session.Step("layers", case, ("functional channels_last graph", "eager channels_last graph"), 2, "fp32"),
+        gpu_session.Step("layers", "conv2d 3x9x9 to 4 k3x3 s1 p1x1", ("functional",), 2, "fp32"),
+        gpu_session.Step("models", "no such model", ("accelerate", "eager"), 1),
+    )
+    lines = "\n".join(gpu_session.session(tmp_path, 1000, steps)).splitlines()
+    end = lines[lines.index("gpu tests: OSError: no pytest") :]
+    assert end[1:3] == ["triton tests: 1 failed (1)", "FAILED a"]
+    assert [line for line in end if line.startswith("pointwise_conv2d 24x7x7 1×1 fp32 batch 2")]
+    assert "no such model, eager: KeyError: ('models', 'no such model')" in end
+    assert json.loads((tmp_path / "session.json").read_text())["tests"][0] == {
+        "failed": "OSError: no pytest",
+        "name": "gpu",
+    }
+    with (tmp_path / "session.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["median_ms"]) for row in rows] == [True, True, False, False, False]
+    assert all(row["gpu"] == "Fake" and row["commit"] for row in rows)
+    assert [bool(row["failed"]) for row in rows] == [False, False, True, True, True]
+
+
+def test_a_session_says_what_it_had_no_time_for(fake, tmp_path):
+    step = gpu_session.STEPS[0]
+    rows = gpu_session.rows_of(step, gpu_session.Clock(5))
+    assert [r.failed for r in rows] == ["TimeoutError: no time left"] * 2
+    assert "failed" in gpu_session.table([rows])
+
+
+def test_all_steps_of_a_session_are_of_cases_and_peers():
+    for step in gpu_session.STEPS:
+        case = find_case(step.suite, step.case)
+        assert step.direction in case.directions
+        assert all(step.suite in CUDA_PEERS[name].suites for name in step.peers)
+        assert any(CUDA_PEERS[name].ours for name in step.peers)
+
+
+@pytest.mark.parametrize(
+    "body, seconds, status, summary",
+    [
+        ("assert 1", 100, "0", "1 passed"),
+        ("assert 0", 100, "1", "1 failed"),
+        ("time.sleep(60)", 2, "ended after 2 s", ""),
+    ],
+)
+def test_tests_of_a_session(body, seconds, status, summary, tmp_path):
+    file = tmp_path / "test_it.py"
+    file.write_text(f"import time\n\n\ndef test():\n    {body}\n")
+    found = gpu_session.run_tests("it", [str(file)], seconds, tmp_path)
+    assert found["status"] == status and found["summary"].startswith(summary) and found["seconds"] < 60
+    assert bool(found["failures"]) == (body == "assert 0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_session_without_a_gpu():
+    with pytest.raises(SystemExit, match="^benchmarks: gpu_session needs a GPU, torch sees none$"):
+        gpu_session.main([])
+
+
+def test_a_session_without_facts_of_the_machine(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "run_tests", lambda name, *rest: {"status": "0", "summary": "1 passed"})
+    monkeypatch.setattr(report, "conditions", lambda device: 1 / 0)
+    step = gpu_session.Step("layers", DEPTHWISE, ("functional",), 2, "fp32")
+    assert "of the machine: ZeroDivisionError: division by zero" in [*gpu_session.session(tmp_path, 1000, (step,))]
+    with (tmp_path / "session.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["median_ms"] and not row["failed"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_processes_that_find_no_gpu_are_rows():
+    """As it is, with a process of its own for the peer."""
+    (result,) = measure(find_case("layers", DEPTHWISE), [CUDA_PEERS["eager"]], on_gpu(), 1, 0.01)
+    assert result.failed and "CUDA" in result.failed and result.median_ms is None

@@ -17,6 +17,7 @@ from benchmarks.peers.registry import Unsupported, channels_last, cuda_peer, sam
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
+CLAMPS = (aten.hardtanh.default, aten.hardtanh_.default)
 CONVOLUTION_RELU = aten.cudnn_convolution_relu.default
 LAYOUTS = {"": (same, torch.contiguous_format), " channels_last": (channels_last, torch.channels_last)}
 
@@ -87,23 +88,29 @@ def fold_batch_norms(model: nn.Module, x: torch.Tensor) -> fx.GraphModule:
 
 
 def fuse_relus(model: fx.GraphModule, convolution_relu: Callable) -> int:
-    """Runs convolutions with a ReLU behind them as one call; returns how many there were."""
+    """Runs convolutions with a ReLU behind them as one call; returns how many there were.
+
+    Those with a ReLU6 as well: what is above 6 is still cut off by a kernel of its own, but the bias is added for free.
+    """
     graph, fused = model.graph, 0
     for node in list(graph.nodes):
-        relu = only_user(node) if node.target == aten.conv2d.default else None
-        if relu is not None and relu.target in (aten.relu.default, aten.relu_.default):
+        then = only_user(node) if node.target == aten.conv2d.default else None
+        is_relu = then is not None and then.target in (aten.relu.default, aten.relu_.default)
+        is_relu6 = then is not None and then.target in CLAMPS and then.args[1:] == (0.0, 6.0)
+        if is_relu or is_relu6:
             stride, padding, dilation = (argument(node, i, d) for i, d in ((3, [1, 1]), (4, [0, 0]), (5, [1, 1])))
             node.target, fused = convolution_relu, fused + 1
             node.args = (*node.args[:3], stride, padding, dilation, argument(node, 6, 1))
-            relu.replace_all_uses_with(node)
-            graph.erase_node(relu)
+        if is_relu:
+            then.replace_all_uses_with(node)
+            graph.erase_node(then)
     model.recompile()
     return fused
 
 
 @cuda_peer("cuDNN fused channels_last graph", ("models", "operators"), given=channels_last, graph=True)
 def fused_cudnn(problem, threads):
-    """Convolution, bias and ReLU in one call of cuDNN; other activations follow as kernels of their own."""
+    """Batch norm folded; convolution, bias and ReLU in one call of cuDNN, other activations as kernels of their own."""
     if not hasattr(torch, "cudnn_convolution_relu"):
         raise Unsupported(f"torch {torch.__version__} has no fused convolution")
     if problem.setting.direction != "forward":
@@ -111,7 +118,7 @@ def fused_cudnn(problem, threads):
     model = copy.deepcopy(problem.module).to(memory_format=torch.channels_last)
     x = channels_last(problem.inputs[0])
     model = fold_batch_norms(model, x)
-    if not fuse_relus(model, CONVOLUTION_RELU):
+    if not fuse_relus(model, CONVOLUTION_RELU) and not problem.is_network:
         raise Unsupported("no convolution with ReLU")
     return model.to(memory_format=torch.channels_last)
 
