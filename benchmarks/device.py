@@ -13,6 +13,9 @@ import torch
 from benchmarks.cases import Case, Problem, Setting
 from benchmarks.cases.placed import PlacedProblem
 
+# What a GPU does besides kernels.
+NO_KERNELS = ("Memcpy", "Memset", "Context Sync", "Event Sync", "Stream Sync", "Stream Wait")
+
 
 class CpuDevice:
     def problem(self, case: Case, setting: Setting) -> Problem:
@@ -134,7 +137,7 @@ class CudaDevice:
             self.synchronize()
         events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         kernels = [(e.name, e.time_range.elapsed_us()) for e in events]
-        return [(name, us) for name, us in kernels if not name.startswith(("Memcpy", "Memset"))]
+        return [(name, us) for name, us in kernels if not name.startswith(NO_KERNELS)]
 
     @contextmanager
     def profiler(self):
