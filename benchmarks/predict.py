@@ -98,7 +98,7 @@ class Step:
 
 @torch.no_grad()
 def plans(model: str, size: int) -> list[tuple]:
-    """The rows of the plans of one image and of two, in float32, without what depends on the CPU's caches: fused blocks,
+    """The rows of the plans of one image and of two, in float32, without what the CPU's caches decide: fused blocks,
     parts of the batch, and Winograd's convolutions, whose weights take more."""
     import mobilenet_fast
 

@@ -1,5 +1,7 @@
+import copy
 import csv
 import dataclasses
+import io
 import json
 from collections import OrderedDict
 
@@ -10,11 +12,13 @@ from torch import nn
 from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.cases import CASES, SUITES, Problem, Setting, find_case, layers
-from benchmarks.cases.networks import NETWORKS, randomise
+from benchmarks.cases.networks import NETWORKS, plain, randomise
 from benchmarks.cases.registry import Case
 from benchmarks.gauges import ROOT
 from benchmarks.peers import PEERS
 from benchmarks.timing import Result, measure
+from mobilenet_fast import _C, functional, models
+from mobilenet_fast.nn import fusion
 
 main = command.main
 
@@ -97,6 +101,26 @@ def test_networks_of_others_that_are_missing_are_ours(name, monkeypatch):
         ours = build()
     assert type(ours).__module__.startswith("mobilenet_fast.")
     assert sorted(tuple(p.shape) for p in ours.parameters()) == theirs
+
+
+@pytest.mark.parametrize(
+    "name", ("mobilenet_v3_small", "mobilenet_v1", "mnasnet_a1", "efficientnet_lite0", "efficientnet_b0")
+)
+def test_our_networks_in_their_place_run_no_kernel_of_ours(name, monkeypatch):
+    """Or what is timed as PyTorch would be this package."""
+    ours = models.create_model(name).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = ours(x)
+        copied = copy.deepcopy(plain(ours))
+        for module in (_C, functional):
+            for operation in ("depthwise_conv2d", "pointwise_conv2d", "batch_norm_act", "squeeze_excite"):
+                monkeypatch.setattr(module, operation, None)
+        monkeypatch.setattr(fusion.Plan, "__call__", None)
+        torch.testing.assert_close(copied(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        torch.save(copied, buffer := io.BytesIO())
+        buffer.seek(0)
+        torch.testing.assert_close(torch.load(buffer, weights_only=False)(x), copied(x))
 
 
 def test_a_layer_by_its_name():

@@ -9,6 +9,7 @@ from torch import nn
 from benchmarks import third_party
 from benchmarks.cases.registry import Problem, case, inputs, version
 from mobilenet_fast import models
+from mobilenet_fast.nn import Conv2dSame, DepthwiseConv2d, PointwiseConv2d
 
 
 def randomise(model: nn.Module, size: int) -> nn.Module:
@@ -51,12 +52,28 @@ def timm(name: str) -> Callable[[], nn.Module]:
     return lambda: third_party.timm().create_model(name)
 
 
+class PlainConv2dSame(Conv2dSame):
+    def forward(self, input):
+        return nn.functional.conv2d(self.pad(input), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model without kernels of this package: peers that start from it are to run PyTorch's."""
+    classes = {DepthwiseConv2d: nn.Conv2d, PointwiseConv2d: nn.Conv2d, Conv2dSame: PlainConv2dSame}
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+        chooser = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+        if "plain_forward" in vars(chooser):  # whose forward runs that or a kernel
+            module.forward = module.plain_forward
+    return model
+
+
 def installed(package: str, theirs: Callable[[], nn.Module], ours: str, **options) -> Callable[[], nn.Module]:
     """Their network, or where the package is missing this package's copy of it."""
 
     def build():
         if version(package) is None:
-            return models.create_model(ours, **options)
+            return plain(models.create_model(ours, **options))
         return theirs()
 
     return build
