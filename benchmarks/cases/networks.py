@@ -52,16 +52,33 @@ def timm(name: str) -> Callable[[], nn.Module]:
     return lambda: third_party.timm().create_model(name)
 
 
+class PlainConv2d(nn.Conv2d):
+    """A class that no fusion of this package knows."""
+
+
+class PlainBatchNorm2d(nn.BatchNorm2d):
+    """Likewise."""
+
+
 class PlainConv2dSame(Conv2dSame):
     def forward(self, input):
-        return nn.functional.conv2d(self.pad(input), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        options = self.stride, 0, self.dilation, self.groups
+        return nn.functional.conv2d(self.pad(input), self.weight, self.bias, *options)
+
+
+PLAIN_CLASSES = {
+    nn.Conv2d: PlainConv2d,
+    DepthwiseConv2d: PlainConv2d,
+    PointwiseConv2d: PlainConv2d,
+    Conv2dSame: PlainConv2dSame,
+    nn.BatchNorm2d: PlainBatchNorm2d,
+}
 
 
 def plain(model: nn.Module) -> nn.Module:
     """The model without kernels of this package: peers that start from it are to run PyTorch's."""
-    classes = {DepthwiseConv2d: nn.Conv2d, PointwiseConv2d: nn.Conv2d, Conv2dSame: PlainConv2dSame}
     for module in model.modules():
-        module.__class__ = classes.get(type(module), type(module))
+        module.__class__ = PLAIN_CLASSES.get(type(module), type(module))
         chooser = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
         if "plain_forward" in vars(chooser):  # whose forward runs that or a kernel
             module.forward = module.plain_forward
