@@ -1,4 +1,4 @@
-"""Bar chart and roofline plot of a run."""
+"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors."""
 
 import math
 from pathlib import Path
@@ -98,6 +98,33 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
     plt.close(figure)
 
 
+def floors(results: list[Result], facts: dict, file: Path):
+    """Of a GPU: what its floor is of the time that each case takes, ours and the fastest other, a panel a setting."""
+    panels = groups([r for r in results if r.floor_share])
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    size = 8 * columns, 5 * lines
+    figure, all_axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in all_axes.flat[len(panels) :]:
+        axes.remove()
+    for axes, (setting, rows) in zip(all_axes.flat, panels.items(), strict=False):
+        for ours, colour, marker, name in ((True, "#c1121f", "o", "ours"), (False, "#3a7ca5", "x", "fastest peer")):
+            best = [r for row in rows.values() if (r := fastest(row, ours))]
+            share = [100 * r.floor_share for r in best]
+            axes.scatter([r.floor_ms for r in best], share, color=colour, marker=marker, s=28, label=name, zorder=3)
+        axes.axhline(100, color="black", linewidth=0.8)
+        axes.set(xscale="log", ylim=(0, None))
+        axes.set_xlabel("floor: bytes at the bandwidth of a copy, or products at the matrix peak (ms)")
+        axes.set_ylabel("floor / median (%)")
+        axes.set_title(setting.label, loc="left")
+        axes.grid(which="both", alpha=0.2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.legend(loc="lower right")
+    figure.suptitle(title(facts), fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
 def label_points(axes, rows):
     """Names stand upright below all points, pushed to the right where they would overlap."""
     points = sorted(
@@ -120,4 +147,7 @@ def save(results: list[Result], ceilings: dict[int, dict[str, float]], facts: di
     if any(r.peak_share for r in results):
         files.append(stem.with_name(stem.name + "-roofline.png"))
         roofline(results, ceilings, facts, files[-1])
+    if any(r.floor_share for r in results):
+        files.append(stem.with_name(stem.name + "-floor.png"))
+        floors(results, facts, files[-1])
     return files

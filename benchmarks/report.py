@@ -178,7 +178,7 @@ def summary(results: list[Result]) -> str:
     tables = []
     for setting, rows in groups(results).items():
         on_cpu = setting.device == "cpu"
-        ends = ["ours, %\nof peak" if on_cpu else "ours, %\nof floor", "fastest\npeer", "its time\n/ ours"]
+        ends = ["ours, %\nof peak" if on_cpu else "ours, floor\n/ median, %", "fastest\npeer", "its time\n/ ours"]
         table = [["median ms", *(peer.replace(" ", "\n") for peer in peers), *ends]]
         for case, row in rows.items():
             ours, other = fastest(row, ours=True), fastest(row, ours=False)

@@ -433,7 +433,7 @@ def test_plots_are_written(fake, tmp_path):
     rows = [*results()]
     files = report.save(rows, report.limits(rows), tmp_path, report.conditions("cuda"))
     plots = [file for file in files if file.suffix == ".png"]
-    assert [file.name.rsplit("-")[-1] for file in plots] == ["speed.png", "roofline.png"]
+    assert [file.name.rsplit("-")[-1] for file in plots] == ["speed.png", "roofline.png", "floor.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in plots)
 
 
