@@ -1,4 +1,4 @@
-"""``python -m benchmarks [models|layers|operators|demo|zoo]``: see --help."""
+"""``python -m benchmarks [models|layers|operators|demo|zoo] [--device cuda]``: see --help."""
 
 import argparse
 import os
@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.cases import SUITES, cases_of
-from benchmarks.peers import PEERS
-from benchmarks.timing import ROOT, ceilings, measure
+from benchmarks.cases import DIRECTIONS, DTYPES, SUITES, Setting, cases_of
+from benchmarks.gauges import ROOT, ceilings
+from benchmarks.peers import peers_of
+from benchmarks.timing import measure
 from mobilenet_fast.cli import command_line, positive, thread_count
 
 # Every operation and step on every instruction set, in a minute or two.
@@ -25,6 +26,12 @@ TESTS = (
     "test_accelerate_steps.py",
     "test_accelerate_blocks.py",
 )
+
+
+# The same of the Triton kernels, on the GPU.
+CUDA_TESTS = ("test_triton_kernels.py",)
+# Of networks; of a layer alone one batch says enough.
+CUDA_BATCHES = {"models": [1, 32, 256], "layers": [32], "operators": [32]}
 
 
 def selected(names, wanted, what):
@@ -46,8 +53,9 @@ def duration(text):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser("benchmarks", description="Times this package against others on the CPU.")
+    parser = argparse.ArgumentParser("benchmarks", description="Times this package against others.")
     parser.add_argument("suite", nargs="?", default="models", choices=SUITES)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
     parser.add_argument(
         "--case", "--only", nargs="+", metavar="WORD", help="only cases whose name, or a layer's model, has a word"
     )
@@ -56,11 +64,18 @@ def parse(arguments):
     parser.add_argument(
         "--threads", nargs="+", type=thread_count, help="default: 1 and all; for zoo, which takes one, all"
     )
-    parser.add_argument("--batch", nargs="+", type=positive, default=[1])
+    parser.add_argument(
+        "--batch", nargs="+", type=positive, help="default: 1; with --device cuda 1 32 256 for models, 32 for layers"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="cuda: default fp16")
+    parser.add_argument(
+        "--direction", nargs="+", choices=DIRECTIONS, help="cuda: with which gradients; default all that a case has"
+    )
     parser.add_argument(
         "--rounds", type=positive, default=15, help="how many times each peer has its turn (%(default)s)"
     )
     parser.add_argument("--seconds", type=duration, default=0.2, help="length of a turn (%(default)s)")
+    parser.add_argument("--limit", type=duration, help="seconds that a peer may take until it is ready; default none")
     parser.add_argument(
         "--out", type=Path, help="folder for JSON, CSV, PNG, benchmarks/results; zoo's file, docs/models.md"
     )
@@ -68,46 +83,85 @@ def parse(arguments):
     parser.add_argument("--skip-latency", action="store_true", help="zoo: counts, parity and kernels alone")
     parser.add_argument("--list", action="store_true", help="list cases and peers")
     options = parser.parse_args(arguments)
-    others = {"demo": ("case", "peer", "batch", "out", "skip_latency"), "zoo": ("batch",)}
-    for name in others.get(options.suite, ("skip_latency",)):
-        if vars(options)[name] != parser.get_default(name):
-            parser.error(f"{options.suite} takes no --{name.replace('_', '-')}")
+
+    def refuse(who, names):
+        for name in names:
+            if vars(options)[name] != parser.get_default(name):
+                parser.error(f"{who} takes no --{name.replace('_', '-')}")
+
+    others = {
+        "demo": ("device", "case", "peer", "batch", "limit", "out", "skip_latency"),
+        "zoo": ("device", "batch", "limit"),
+    }
+    refuse(options.suite, others.get(options.suite, ("skip_latency",)))
+    refuse(f"--device {options.device}", ("threads",) if options.device == "cuda" else ("dtype", "direction"))
     if options.suite == "zoo":
         options.threads = options.threads or counts[-1:]
         options.out = options.out or ROOT / "docs" / "models.md"
         if len(options.threads) > 1:
             parser.error("zoo takes one number of --threads")
+    if options.device == "cuda":
+        options.threads = counts[-1:]  # of the host, which only starts kernels
+        options.batch = options.batch or CUDA_BATCHES[options.suite]
+        options.dtype = options.dtype or ["fp16"]
+        options.direction = options.direction or list(DIRECTIONS)
     options.threads = options.threads or counts
+    options.batch = options.batch or [1]
     options.out = options.out or ROOT / "benchmarks" / "results"
     return options
 
 
-def kernels_pass() -> bool:
+def runs_of(options, cases):
+    """Each case under each setting that was asked for and that it has."""
+    if options.device == "cpu":
+        settings = [Setting(batch, threads) for threads in options.threads for batch in options.batch]
+        return [(case, setting) for setting in settings for case in cases]
+    return [
+        (case, Setting(batch, options.threads[0], "cuda", dtype, direction))
+        for case in cases
+        for dtype in case.dtypes or options.dtype
+        for batch in case.batches or options.batch
+        for direction in case.directions
+        if direction in options.direction
+    ]
+
+
+def kernels_pass(device="cpu") -> bool:
     print("testing the kernels, a minute or two (--skip-tests) …", file=sys.stderr)
-    command = [sys.executable, "-m", "pytest", "-qx", *(f"tests/{test}" for test in TESTS)]
+    tests = CUDA_TESTS if device == "cuda" else TESTS
+    command = [sys.executable, "-m", "pytest", "-qx", *(f"tests/{test}" for test in tests)]
     run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if run.returncode:
         print(run.stdout, "benchmarks: no figures while a test is red", sep="\n", file=sys.stderr)
     return run.returncode == 0
 
 
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 @command_line
 def main(arguments=None):
     options = parse(arguments)
-    cases = {case.name: case for case in cases_of(options.suite)}
+    cases = {case.name: case for case in cases_of(options.suite, options.device)}
     searched = {name: " ".join([name, *case.models]) for name, case in cases.items()}
     cases = [cases[name] for name in selected(searched, options.case, "case")]
-    suite_peers = {peer.name: peer.name for peer in PEERS.values() if options.suite in peer.suites}
-    peers = [PEERS[name] for name in selected(suite_peers, options.peer, "peer")]
+    known = peers_of(options.device)
+    suite_peers = {peer.name: peer.name for peer in known.values() if options.suite in peer.suites}
+    peers = [known[name] for name in selected(suite_peers, options.peer, "peer")]
     if options.list:
         lines = [f"{p.name} (not installed: {', '.join(p.missing())})" if p.missing() else p.name for p in peers]
         print("cases:", *(case.name for case in cases), "peers:", *lines, sep="\n  ")
         return 0
+    if options.device == "cuda" and not has_gpu():
+        sys.exit("benchmarks: --device cuda needs a GPU, torch sees none")
     if options.suite == "demo":
         from benchmarks import demo
 
         return demo.main(options)
-    if not (options.skip_tests or options.skip_latency or kernels_pass()):
+    if not (options.skip_tests or options.skip_latency or kernels_pass(options.device)):
         return 1
     if options.suite == "zoo":
         from benchmarks import zoo
@@ -115,19 +169,22 @@ def main(arguments=None):
         return zoo.main(options, cases, peers)
 
     results, start = [], time.monotonic()
-    runs = [(case, threads, batch) for threads in options.threads for batch in options.batch for case in cases]
-    for i, (case, threads, batch) in enumerate(runs):
+    runs = runs_of(options, cases)
+    if not runs:
+        sys.exit(f"benchmarks: no case has direction {' or '.join(options.direction)}")
+    for i, (case, setting) in enumerate(runs):
         minutes = (time.monotonic() - start) / 60
         place = f"[{i + 1}/{len(runs)}, {minutes:.0f} min]"
-        print(f"{place} {case.name}, {threads} thread(s), batch {batch}", file=sys.stderr)
-        rows = measure(case, peers, threads, batch, options.rounds, options.seconds)
+        print(f"{place} {case.name}, {setting.label.replace(' · ', ', ')}", file=sys.stderr)
+        rows = measure(case, peers, setting, options.rounds, options.seconds, options.limit)
         print(report.results_table(rows), flush=True)
         results += rows
     if len(runs) > 1:
         print(report.summary(results))
-    facts = report.conditions()
-    print(f"{facts['cpu']} · {facts['isa']} · torch {facts['versions']['torch']} · commit {facts['commit']}")
-    print("written:", *report.save(results, {threads: ceilings(threads) for threads in options.threads}, options.out))
+    limits = report.limits(results) if options.device == "cuda" else {n: ceilings(n) for n in options.threads}
+    facts = report.conditions(options.device)
+    print(f"{report.machine(facts)} · torch {facts['versions']['torch']} · commit {facts['commit']}")
+    print("written:", *report.save(results, limits, options.out, facts))
     return int(any(r.failed for r in results))
 
 

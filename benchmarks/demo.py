@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, Setting
 from benchmarks.peers import PEERS
 from benchmarks.timing import measure
 
@@ -62,7 +62,7 @@ def main(options) -> int:
     peers = [peer for peer in PEERS.values() if "demo" in peer.suites]
     case = CASES["demo", "efficientnet_lite0"]
     print("Timing; torch.compile takes up to a minute …", file=sys.stderr)
-    columns = [measure(case, peers, threads, 1, options.rounds, options.seconds) for threads in options.threads]
+    columns = [measure(case, peers, Setting(threads=n), options.rounds, options.seconds) for n in options.threads]
 
     heading = [""]
     for threads in options.threads:

@@ -1,4 +1,4 @@
-"""Bar chart and roofline plot of a run."""
+"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend that needs no display
 from matplotlib.ticker import NullFormatter  # noqa: E402
 
-from benchmarks.report import fastest, groups  # noqa: E402
+from benchmarks.report import fastest, groups, machine  # noqa: E402
 from benchmarks.timing import Result  # noqa: E402
 
 OURS = {"accelerate": "#c1121f", "replace_layers": "#f4978e"}
@@ -17,11 +17,11 @@ OTHERS = plt.get_cmap("GnBu_r")
 
 
 def title(facts: dict) -> str:
-    return f"{facts['cpu']} · {facts['isa']} · commit {facts['commit']}"
+    return f"{machine(facts)} · commit {facts['commit']}"
 
 
 def bars(results: list[Result], facts: dict, file: Path):
-    """Each peer's speed as a share of the fastest runtime's or PyTorch's, a group of bars a model."""
+    """Each peer's speed as a share of the fastest other's, a panel a setting, a group of bars a model."""
     panels = groups(results)
     peers = list(dict.fromkeys(r.peer for r in results if r.median_ms is not None))
     others = [peer for peer in peers if peer not in OURS]
@@ -29,7 +29,7 @@ def bars(results: list[Result], facts: dict, file: Path):
     models = max(map(len, panels.values()))
     size = max(9, 1.6 * models), 3.6 * len(panels) + 1
     figure, all_axes = plt.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axes, ((threads, batch), rows) in zip(all_axes.flat, panels.items(), strict=True):
+    for axes, (setting, rows) in zip(all_axes.flat, panels.items(), strict=True):
         labels = []
         for place, (case, row) in enumerate(rows.items()):
             best = fastest(row, ours=False)
@@ -43,7 +43,7 @@ def bars(results: list[Result], facts: dict, file: Path):
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.6, len(labels) - 0.4)
         axes.set_ylabel("speed, fastest peer = 1")
-        axes.set_title(f"{threads} thread(s), batch {batch}", loc="left")
+        axes.set_title(setting.label, loc="left")
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[peer]) for peer in peers]
@@ -54,7 +54,7 @@ def bars(results: list[Result], facts: dict, file: Path):
 
 
 def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts: dict, file: Path):
-    """What was reached against what multiply-add units and copying allow, a panel for each thread count and batch."""
+    """What was reached against what multiply-add units and copying allow, a panel a setting."""
     panels = groups([r for r in results if r.peak_share])
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
@@ -62,7 +62,7 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
     figure, all_axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axes in all_axes.flat[len(panels) :]:
         axes.remove()
-    for axes, ((threads, batch), rows) in zip(all_axes.flat, panels.items(), strict=False):
+    for axes, (setting, rows) in zip(all_axes.flat, panels.items(), strict=False):
         peak = max(r.peak_gflops for row in rows.values() for r in row.values())
         intensities = [1e3 * 2 * r.gmacs / r.mbytes for row in rows.values() for r in row.values()]
         low, high = min(intensities) / 2, max(intensities) * 2.5
@@ -70,7 +70,8 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
         axes.annotate(
             f"multiply-add peak {peak:.0f} GFLOP/s", (high, peak), (0, 4), textcoords="offset points", ha="right"
         )
-        for (what, bandwidth), style in zip(ceilings[threads].items(), ("--", ":"), strict=True):
+        copies = ceilings[setting.threads if setting.device == "cpu" else setting.dtype]
+        for (what, bandwidth), style in zip(copies.items(), ("--", ":"), strict=False):
             end = min(high, peak / bandwidth)
             axes.plot([low, end], [low * bandwidth, end * bandwidth], color="black", linestyle=style)
             name = {"l2": "copy in L2", "memory": "copy in memory"}[what]
@@ -84,13 +85,40 @@ def roofline(results: list[Result], ceilings: dict[int, dict[str, float]], facts
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(min(least / 2, peak / 10), 2 * peak))
         axes.set_xlabel("multiply-adds × 2 per byte, layer by layer (FLOP/B)")
         axes.set_ylabel("GFLOP/s")
-        axes.set_title(f"{threads} thread(s), batch {batch}", loc="left")
+        axes.set_title(setting.label, loc="left")
         axes.grid(which="both", alpha=0.2)
         if len(rows) <= 12:
             label_points(axes, rows)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
+        axes.legend(loc="lower right")
+    figure.suptitle(title(facts), fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def floors(results: list[Result], facts: dict, file: Path):
+    """Of a GPU: what its floor is of the time that each case takes, ours and the fastest other, a panel a setting."""
+    panels = groups([r for r in results if r.floor_share])
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    size = 8 * columns, 5 * lines
+    figure, all_axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in all_axes.flat[len(panels) :]:
+        axes.remove()
+    for axes, (setting, rows) in zip(all_axes.flat, panels.items(), strict=False):
+        for ours, colour, marker, name in ((True, "#c1121f", "o", "ours"), (False, "#3a7ca5", "x", "fastest peer")):
+            best = [r for row in rows.values() if (r := fastest(row, ours))]
+            share = [100 * r.floor_share for r in best]
+            axes.scatter([r.floor_ms for r in best], share, color=colour, marker=marker, s=28, label=name, zorder=3)
+        axes.axhline(100, color="black", linewidth=0.8)
+        axes.set(xscale="log", ylim=(0, None))
+        axes.set_xlabel("floor: bytes at the bandwidth of a copy, or products at the matrix peak (ms)")
+        axes.set_ylabel("floor / median (%)")
+        axes.set_title(setting.label, loc="left")
+        axes.grid(which="both", alpha=0.2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.legend(loc="lower right")
     figure.suptitle(title(facts), fontsize=10)
     figure.savefig(file, dpi=120)
@@ -119,4 +147,7 @@ def save(results: list[Result], ceilings: dict[int, dict[str, float]], facts: di
     if any(r.peak_share for r in results):
         files.append(stem.with_name(stem.name + "-roofline.png"))
         roofline(results, ceilings, facts, files[-1])
+    if any(r.floor_share for r in results):
+        files.append(stem.with_name(stem.name + "-floor.png"))
+        floors(results, facts, files[-1])
     return files

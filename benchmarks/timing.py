@@ -1,19 +1,16 @@
 """Runs the peers of a case in turn, a process each, so that a change in the machine's speed meets all of them alike."""
 
 import json
-import os
+import select
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Setting
+from benchmarks.gauges import ROOT, environment, gauge_of, verbose
 from benchmarks.peers import Peer
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -44,20 +41,34 @@ class Result:
     copy_share: float | None = None  # time of a copy of the input / time
     absent: str | None = None  # why there is no figure although nothing went wrong
     failed: str | None = None
+    device: str = "cpu"
+    dtype: str = "fp32"
+    direction: str = "forward"
+    # Of a GPU. What the memory holds together was timed in turns: the number of that group.
+    group: int | None = None
+    tf32: bool | None = None  # whether float32 convolutions may use it
+    memory_mib: float | None = None  # what PyTorch holds for this peer: inputs, weights, CUDA graphs
+    kernel: str | None = None  # which took the longest of a call's, all with its name together
+    kernel_us: float | None = None
+    kernels: int | None = None  # of a call
+    kernels_us: float | None = None  # of all, one after another
+    copy_gbytes: float | None = None  # a second, reads and writes, measured around this case's rounds
+    floor_ms: float | None = None  # the larger of bytes / copy bandwidth and operations / matrix peak
+    floor_share: float | None = None  # floor / median
 
     as_dict = asdict
+
+    @classmethod
+    def of(cls, case: Case, peer: Peer, setting: Setting) -> "Result":
+        return cls(case.suite, case.name, peer.name, ours=peer.ours, **asdict(setting))
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.batch, self.threads, self.device, self.dtype, self.direction)
 
     @property
     def gflops(self) -> float:
         return 2 * self.gmacs / (self.median_ms / 1e3)
-
-
-def environment(threads: int) -> dict[str, str]:
-    return dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-
-
-def verbose() -> bool:
-    return bool(os.environ.get("BENCHMARKS_VERBOSE"))
 
 
 def convert(case: Case, peer: Peer, batch: int) -> str | None:
@@ -79,109 +90,133 @@ def convert(case: Case, peer: Peer, batch: int) -> str | None:
 
 
 class Worker:
-    def __init__(self, case: Case, peer: Peer, threads: int, batch: int):
-        self.peer = peer
-        arguments = [case.suite, case.name, peer.name, str(threads), str(batch)]
+    """A peer's process. ``limit``: after how many seconds without an answer it is ended; None waits for ever."""
+
+    def __init__(self, case: Case, peer: Peer, setting: Setting, limit: float | None = None):
+        self.peer, self.limit = peer, limit
+        arguments = [case.suite, case.name, peer.name, json.dumps(asdict(setting))]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if verbose() else subprocess.DEVNULL,
             text=True,
-            env=environment(threads),
+            env=environment(setting.threads),
             cwd=ROOT,
         )
         self.facts = self.answer()
 
     def answer(self) -> dict:
+        # It answers line by line, so that none can be left in the buffer of what is waited for.
+        if not select.select([self.process.stdout], [], [], self.limit)[0]:
+            self.process.kill()
+            return {"failed": f"no answer after {self.limit:g} s"}
         line = self.process.stdout.readline()
         return json.loads(line) if line else {"failed": f"its process ended with status {self.process.wait()}"}
 
-    def round(self, seconds: float) -> list[float]:
-        print(json.dumps({"seconds": seconds}), file=self.process.stdin, flush=True)
-        answer = self.answer()
-        if "failed" in answer:
-            raise RuntimeError(f"{self.peer.name}: {answer['failed']}")
-        return answer["times_ms"]
+    def ask(self, **what) -> dict:
+        try:
+            print(json.dumps(what), file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            return {"failed": f"its process ended with status {self.process.wait()}"}
+        return self.answer()
 
     def close(self):
-        self.process.stdin.close()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
         self.process.wait()
 
 
-# The peak that a kernel is held to is that of the instructions it may use.
-PEAK_FLAGS = {"avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma"]}
+# Of a device's memory, what is to stay free beside the processes of a group.
+SPARE = 0.1
 
 
-@cache
-def peak_program() -> str:
-    import mobilenet_fast
-
-    isa = mobilenet_fast.cpu_isa()
-    source, program = ROOT / "benchmarks" / "peak.cpp", ROOT / "build" / f"peak-{isa}"
-    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        program.parent.mkdir(exist_ok=True)
-        flags = ["-std=c++17", "-O3", "-fopenmp", *PEAK_FLAGS.get(isa, [])]
-        subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(program)], check=True)
-    return str(program)
-
-
-def peak(what: str, threads: int, seconds: float = 0.1) -> float:
-    """GFLOP/s of multiply-adds (``fma``) or GB/s of a copy (``l2``, ``memory``) by all threads together, or the ns of a
-    cache line's way between two of them and back (``trip``)."""
-    arguments = [peak_program(), what, str(threads), str(seconds)]
-    return float(subprocess.run(arguments, check=True, capture_output=True, env=environment(threads)).stdout)
-
-
-def ceilings(threads: int) -> dict[str, float]:
-    return {what: peak(what, threads, 0.5) for what in ("l2", "memory")}
-
-
-def measure(case: Case, peers: list[Peer], threads: int, batch: int, rounds: int, seconds: float) -> list[Result]:
-    workers, results, times = [], {}, {}
-    try:
-        for peer in peers:
-            result = results[peer.name] = Result(case.suite, case.name, peer.name, threads, batch, ours=peer.ours)
-            if missing := peer.missing():
-                result.absent = f"not installed: {', '.join(missing)}"
-                continue
-            print(f"  preparing {peer.name}", file=sys.stderr)
-            if failure := convert(case, peer, batch):
-                result.failed = failure
-                continue
-            worker = Worker(case, peer, threads, batch)
-            workers.append(worker)
-            facts = worker.facts
-            result.failed, result.absent, result.error = map(facts.get, ("failed", "absent", "error"))
-            result.prepare_mib, result.first_call_mib = facts.get("prepare_mib"), facts.get("first_call_mib")
-            if "macs" in facts:
-                result.gmacs, result.mbytes = facts["macs"] / 1e9, facts["bytes"] / 1e6
-        ready = [worker for worker in workers if "macs" in worker.facts]
-        peaks, trips = [peak("fma", threads)], []
-        for turn in range(rounds):
-            print(f"\r  round {turn + 1} of {rounds}", end="", file=sys.stderr, flush=True)
-            first = turn % max(len(ready), 1)  # nobody always follows the same one
-            for worker in ready[first:] + ready[:first]:
-                times.setdefault(worker.peer.name, []).extend(worker.round(seconds))
-                time.sleep(0.01)  # the idle threads of one peer's OpenMP spin for a while after its last region
-            if threads > 1:
-                trips.append(peak("trip", 2, 0.02))
-            peaks.append(peak("fma", threads))
-        print(file=sys.stderr)
-    finally:
-        for worker in workers:
+def prepare(case: Case, peers: list[Peer], setting: Setting, limit, results: dict[str, Result]):
+    """Workers of as many of the peers as the device's memory holds together, and the peers that are left."""
+    ready: list[Worker] = []
+    largest = 0.0
+    for i, peer in enumerate(peers):
+        result = results[peer.name] = Result.of(case, peer, setting)
+        if missing := peer.missing():
+            result.absent = f"not installed: {', '.join(missing)}"
+            continue
+        print(f"  preparing {peer.name}", file=sys.stderr)
+        # On a GPU all start from the weights of batch 1.
+        if failure := convert(case, peer, setting.batch if setting.device == "cpu" else 1):
+            result.failed = failure
+            continue
+        worker = Worker(case, peer, setting, limit)
+        facts = worker.facts
+        if facts.get("out_of_memory") and ready:
             worker.close()
-    for name, result in results.items():
-        if name in times:
-            sample = times[name]
-            quartiles = statistics.quantiles(sample, n=4) if len(sample) > 1 else sample * 3
-            result.q1_ms, result.median_ms, result.q3_ms = quartiles
-            result.calls = len(sample)
-            result.peak_gflops, result.peak_low_gflops = max(peaks), min(peaks)
-            if trips:
-                result.trip_low_ns, result.trip_ns = min(trips), max(trips)
-            if result.error is not None and result.gmacs:
-                result.peak_share = result.gflops / result.peak_gflops
-            if "copy" in times:
-                result.copy_share = statistics.median(times["copy"]) / result.median_ms
+            return ready, peers[i:]
+        result.failed, result.absent, result.error = map(facts.get, ("failed", "absent", "error"))
+        result.prepare_mib, result.first_call_mib = facts.get("prepare_mib"), facts.get("first_call_mib")
+        if "macs" not in facts:
+            worker.close()
+            continue
+        ready.append(worker)
+        result.gmacs, result.mbytes = facts["macs"] / 1e9, facts["bytes"] / 1e6
+        if setting.device == "cuda":
+            result.memory_mib = facts["held_mib"]
+            result.tf32 = facts["tf32"] if setting.dtype == "fp32" else None
+            largest = max(largest, facts["peak_mib"])
+            if facts["free_mib"] < largest + SPARE * facts["total_mib"]:
+                return ready, peers[i + 1 :]
+    return ready, []
+
+
+def measure(
+    case: Case, peers: list[Peer], setting: Setting, rounds: int, seconds: float, limit: float | None = None
+) -> list[Result]:
+    """A row a peer. ``seconds`` are those of a turn, ``limit`` those that a peer may take until it is ready."""
+    results: dict[str, Result] = {}
+    gauge = gauge_of(setting)
+    left, group = list(peers), 0
+    while left:
+        ready, left = prepare(case, left, setting, limit, results)
+        if not ready:
+            continue
+        group += 1
+        times: dict[str, list[float]] = {}
+        try:
+            gauge.read(peak_only=True)
+            for turn in range(rounds):
+                print(f"\r  round {turn + 1} of {rounds}", end="", file=sys.stderr, flush=True)
+                first = turn % max(len(ready), 1)  # nobody always follows the same one
+                for worker in ready[first:] + ready[:first]:
+                    result = results[worker.peer.name]
+                    if result.failed:
+                        continue
+                    answer = worker.ask(seconds=seconds)
+                    result.failed = answer.get("failed")
+                    times.setdefault(worker.peer.name, []).extend(answer.get("times_ms", []))
+                    time.sleep(0.01)  # the idle threads of one peer's OpenMP spin for a while after its last region
+                gauge.read()
+            print(file=sys.stderr)
+            if setting.device == "cuda":
+                for worker in ready:
+                    result = results[worker.peer.name]
+                    result.group = group
+                    if not result.failed:
+                        answer = worker.ask(kernels=True)
+                        answer.pop("failed", None)  # the times stand without the names
+                        vars(result).update(answer)
+        finally:
+            for worker in ready:
+                worker.close()
+        for name, sample in times.items():
+            if sample and not results[name].failed:
+                fill(results[name], sample, times.get("copy"))
+                gauge.fill(results[name])
     return list(results.values())
+
+
+def fill(result: Result, sample: list[float], copies: list[float] | None):
+    quartiles = statistics.quantiles(sample, n=4) if len(sample) > 1 else sample * 3
+    result.q1_ms, result.median_ms, result.q3_ms = quartiles
+    result.calls = len(sample)
+    if copies:
+        result.copy_share = statistics.median(copies) / result.median_ms

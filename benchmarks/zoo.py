@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from benchmarks.cases import Case, find_case
+from benchmarks.cases import Case, Setting, find_case
 from benchmarks.cases.zoo import ZOO, Part
+from benchmarks.gauges import ROOT, environment, verbose
 from benchmarks.peers import Peer
-from benchmarks.timing import ROOT, Result, environment, measure, verbose
+from benchmarks.timing import Result, measure
 
 # Millions of parameters and of multiply-accumulates, as the papers state them; EfficientNet-Lite's are its authors'.
 PAPERS = {
@@ -149,7 +150,7 @@ def main(options, cases: list[Case], peers: list[Peer]) -> int:
         row, latencies = examined(case, threads), []
         print("|", *cells(row), flush=True)
         if not options.skip_latency:
-            latencies = measure(case, peers, threads, 1, options.rounds, options.seconds)
+            latencies = measure(case, peers, Setting(threads=threads), options.rounds, options.seconds)
             print(report.results_table(latencies), flush=True)
         if case.folder(1):  # networks of gigabytes in all, which nothing else uses
             shutil.rmtree(case.folder(1), ignore_errors=True)

@@ -1,5 +1,7 @@
+import copy
 import csv
 import dataclasses
+import io
 import json
 from collections import OrderedDict
 
@@ -9,11 +11,14 @@ from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks import report
-from benchmarks.cases import CASES, SUITES, Problem, find_case, layers
-from benchmarks.cases.networks import NETWORKS, randomise
+from benchmarks.cases import CASES, SUITES, Problem, Setting, find_case, layers
+from benchmarks.cases.networks import NETWORKS, plain, randomise
 from benchmarks.cases.registry import Case
+from benchmarks.gauges import ROOT
 from benchmarks.peers import PEERS
-from benchmarks.timing import ROOT, Result, measure
+from benchmarks.timing import Result, measure
+from mobilenet_fast import _C, functional, models
+from mobilenet_fast.nn import fusion
 
 main = command.main
 
@@ -77,14 +82,45 @@ def test_a_wrong_output_is_not_allowed():
 
 @pytest.mark.parametrize("name", ("mobilenet_v3_small", "efficientnet_lite0", "inception_v3"))
 def test_layers_are_those_of_the_model(name):
-    found = layers.convolutions(name)
+    found = {layer for layer in layers.found(name) if isinstance(layer, layers.Convolution)}
     build, size = NETWORKS[name]
     with torch.device("meta"):
         wanted = {(m.in_channels, m.out_channels, m.kernel_size) for m in build().modules() if isinstance(m, nn.Conv2d)}
     got = {(c.channels, c.out_channels, c.kernel) for c in found}
     squeezes = {shape for shape in wanted - got if shape[2] == (1, 1)}
     assert got == wanted - squeezes
-    assert all(layers.Convolution.parse(str(c)) == c for c in found)
+    assert all(layers.parse(str(c)) == c for c in found)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_others_that_are_missing_are_ours(name, monkeypatch):
+    build, _ = NETWORKS[name]
+    with torch.device("meta"):
+        theirs = sorted(tuple(p.shape) for p in build().parameters())
+        monkeypatch.setattr("benchmarks.cases.networks.version", lambda package: None)
+        ours = build()
+    assert type(ours).__module__.startswith("mobilenet_fast.")
+    assert sorted(tuple(p.shape) for p in ours.parameters()) == theirs
+
+
+@pytest.mark.parametrize(
+    "name", ("mobilenet_v3_small", "mobilenet_v1", "mnasnet_a1", "efficientnet_lite0", "efficientnet_b0")
+)
+def test_our_networks_in_their_place_run_no_kernel_of_ours(name, monkeypatch):
+    """Or what is timed as PyTorch would be this package."""
+    ours = models.create_model(name).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = ours(x)
+        copied = copy.deepcopy(plain(ours))
+        for module in (_C, functional):
+            for operation in ("depthwise_conv2d", "pointwise_conv2d", "batch_norm_act", "squeeze_excite"):
+                monkeypatch.setattr(module, operation, None)
+        monkeypatch.setattr(fusion.Plan, "__call__", None)
+        torch.testing.assert_close(copied(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+        torch.save(copied, buffer := io.BytesIO())
+        buffer.seek(0)
+        torch.testing.assert_close(torch.load(buffer, weights_only=False)(x), copied(x))
 
 
 def test_a_layer_by_its_name():
@@ -106,7 +142,7 @@ def test_every_peer_names_known_suites():
 
 def test_a_peer_that_is_not_installed_has_a_row():
     peer = dataclasses.replace(PEERS["eager"], name="absentee", needs=("no-such-package", "torch"))
-    (result,) = measure(CASES["operators", "pointwise_conv2d 64to24 56x56"], [peer], 1, 1, 1, 0)
+    (result,) = measure(CASES["operators", "pointwise_conv2d 64to24 56x56"], [peer], Setting(), 1, 0)
     assert result.absent == "not installed: no-such-package" and result.median_ms is None and not result.failed
     table = report.results_table([result])
     assert "missing" in table and "absentee: not installed: no-such-package" in table
@@ -115,7 +151,7 @@ def test_a_peer_that_is_not_installed_has_a_row():
 
 def test_an_operation_that_a_peer_lacks_has_a_row():
     case = find_case("layers", "conv2d 3x9x9 to 4 k3x3 s1 p1x1")
-    (result,) = measure(case, [PEERS["functional channels_last"]], 1, 1, 1, 0)
+    (result,) = measure(case, [PEERS["functional channels_last"]], Setting(), 1, 0)
     assert result.absent and result.median_ms is None and not result.failed
 
 

@@ -8,6 +8,7 @@ from benchmarks import zoo
 from benchmarks.cases import CASES
 from benchmarks.cases.registry import Case
 from benchmarks.cases.zoo import OURS, ZOO, Entry, copy_of, network
+from benchmarks.peers import PEERS
 from benchmarks.timing import Result
 from mobilenet_fast import models
 
@@ -71,10 +72,10 @@ def test_latencies_and_differing_counts(small, tmp_path, monkeypatch):
     def examine(case, threads):
         return zoo.Row(case.name, 5, 10**6, [5, 2 * 10**6], 2e-3, 1e-6, 1e-5, 1.0, 3, 3)
 
-    def measure(case, peers, threads, *rest):
+    def measure(case, peers, setting, *rest):
         if case.name == "grouped":
-            return [Result("zoo", case.name, peer.name, threads, 1, failed="it broke") for peer in peers]
-        return [Result("zoo", case.name, peer.name, threads, 1, 1.5, 1.4, 1.6) for peer in peers]
+            return [Result("zoo", case.name, peer.name, setting.threads, 1, failed="it broke") for peer in peers]
+        return [Result("zoo", case.name, peer.name, setting.threads, 1, 1.5, 1.4, 1.6) for peer in peers]
 
     monkeypatch.setattr(zoo, "examined", examine)
     monkeypatch.setattr(zoo, "measure", measure)
@@ -104,9 +105,9 @@ def test_rows_of_earlier_runs_are_kept(small, tmp_path, monkeypatch):
         "grouped": {"eager channels_last": 3.0, "accelerate": 6.0},
     }
 
-    def measure(case, peers, threads, *rest):
+    def measure(case, peers, setting, *rest):
         return [
-            Result("zoo", case.name, peer.name, threads, 1, *[times[case.name][peer.name]] * 3, ours=peer.ours)
+            Result("zoo", case.name, peer.name, setting.threads, 1, *[times[case.name][peer.name]] * 3, ours=peer.ours)
             for peer in peers
         ]
 
@@ -114,7 +115,8 @@ def test_rows_of_earlier_runs_are_kept(small, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "measure", measure)
     file = tmp_path / "models.md"
     peers = ["--peer", "channels_last", "accelerate", "--skip-tests", "--out", str(file)]
-    monkeypatch.setattr(command, "PEERS", {name: command.PEERS[name] for name in ("eager channels_last", "accelerate")})
+    peers_of = {name: PEERS[name] for name in ("eager channels_last", "accelerate")}
+    monkeypatch.setattr(command, "peers_of", lambda device: peers_of)
     for name in ("grouped", "ours"):
         assert command.main(["zoo", "--only", name, *peers]) == 0
     times["ours"]["accelerate"] = 1.0
@@ -141,6 +143,7 @@ def test_every_model_of_ours_has_a_row():
     [
         (["zoo", "--batch", "2"], "zoo takes no --batch"),
         (["zoo", "--threads", "1", "1"], "zoo takes one number of --threads"),
+        (["zoo", "--device", "cuda"], "zoo takes no --device"),
         (["models", "--skip-latency"], "models takes no --skip-latency"),
     ],
     ids=str,

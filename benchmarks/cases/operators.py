@@ -4,7 +4,17 @@ from torch import nn
 
 from benchmarks.cases.registry import Problem, case, inputs
 
-ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish}
+ACTIVATIONS = {
+    "none": nn.Identity,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+}
+DEPTHWISE_DIRECTIONS = ("forward", "forward+input", "forward+weight", "forward+both")
+BATCH_NORM_DIRECTIONS = ("forward", "training")
 
 
 def batch_norm_act(channels, size, activation):
@@ -21,31 +31,41 @@ def batch_norm_act(channels, size, activation):
                 x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps, activation=activation
             )
 
-        return Problem(module, inputs(batch, channels, size, size), fused)
+        def layer():
+            from mobilenet_fast.nn import BatchNormAct2d
+
+            ours = BatchNormAct2d(channels, eps=norm.eps, activation=activation)
+            ours.load_state_dict(norm.state_dict())
+            return ours.to(norm.weight.device, norm.weight.dtype)
+
+        return Problem(module, inputs(batch, channels, size, size), fused, layer)
 
     return make
 
 
 class PlainSqueezeExcite(nn.Module):
-    def __init__(self, channels, squeeze_channels):
+    def __init__(self, channels, squeeze_channels, activation, gate):
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc1 = nn.Conv2d(channels, squeeze_channels, 1)
+        self.activation = ACTIVATIONS[activation]()
         self.fc2 = nn.Conv2d(squeeze_channels, channels, 1)
+        self.gate = ACTIVATIONS[gate]()
 
     def forward(self, x):
-        return x * nn.functional.hardsigmoid(self.fc2(nn.functional.relu(self.fc1(self.pool(x)))))
+        return x * self.gate(self.fc2(self.activation(self.fc1(self.pool(x)))))
 
 
-def squeeze_excite(channels, size, squeeze_channels):
+def squeeze_excite(channels, size, squeeze_channels, activation="relu", gate="hardsigmoid"):
     def make(batch):
         from mobilenet_fast import functional
 
-        module = PlainSqueezeExcite(channels, squeeze_channels).eval()
+        module = PlainSqueezeExcite(channels, squeeze_channels, activation, gate).eval()
 
         def fused(x):
             fc1, fc2 = module.fc1, module.fc2
-            return functional.squeeze_excite(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            activations = {"squeeze_activation": activation, "gate_activation": gate}
+            return functional.squeeze_excite(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, **activations)
 
         return Problem(module, inputs(batch, channels, size, size), fused)
 
@@ -92,7 +112,9 @@ for _c, _size, _act in [
     (672, 14, "hardswish"),
     (960, 7, "hardswish"),
 ]:
-    case("operators", f"batch_norm_act {_c}x{_size}x{_size} {_act}")(batch_norm_act(_c, _size, _act))
+    case("operators", f"batch_norm_act {_c}x{_size}x{_size} {_act}", directions=BATCH_NORM_DIRECTIONS)(
+        batch_norm_act(_c, _size, _act)
+    )
 
 for _c, _size, _s in [(72, 28, 24), (120, 28, 32), (480, 14, 120), (672, 14, 168), (960, 7, 240)]:
     case("operators", f"squeeze_excite {_c}x{_size}x{_size} squeeze {_s}")(squeeze_excite(_c, _size, _s))
@@ -109,7 +131,7 @@ for _c, _size, _k, _stride, _act in [
     (672, 14, 5, 2, "hardswish"),
     (960, 7, 5, 1, "hardswish"),
 ]:
-    case("operators", f"depthwise_conv2d {_c}x{_size}x{_size} k{_k} s{_stride}")(
+    case("operators", f"depthwise_conv2d {_c}x{_size}x{_size} k{_k} s{_stride}", directions=DEPTHWISE_DIRECTIONS)(
         depthwise_conv2d(_c, _size, _k, _stride, _act)
     )
 

@@ -26,17 +26,41 @@ def error_of(output: Tensor, exact: Tensor) -> float:
     return ((output.double() - exact).abs().max() / exact.abs().max()).item()
 
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# All but the first are timed with the forward that they need: what a step of training spends on the layer.
+DIRECTIONS = ("forward", "forward+input", "forward+weight", "forward+both", "training")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a case is run under. ``direction``: the forward alone, or followed by the gradients of the input, of the
+    weight, or of both; "training" is a batch norm's by the statistics of its batch, with all gradients."""
+
+    batch: int = 1
+    threads: int = 1
+    device: str = "cpu"
+    dtype: str = "fp32"
+    direction: str = "forward"
+
+    @property
+    def label(self) -> str:
+        if self.device == "cpu":
+            return f"{self.threads} thread(s) · batch {self.batch}"
+        return f"{self.dtype} · batch {self.batch} · {self.direction}"
+
+
 @dataclass
 class Problem:
     """A plain PyTorch module of one input, which every peer takes as its starting point.
 
     Inputs are taken in turn, so that no peer finds the last call's in its caches. ``fused``, for operators, is the same
-    computation by `mobilenet_fast.functional`.
+    computation by `mobilenet_fast.functional`, and ``layer`` makes the layer of this package that trains as the module.
     """
 
     module: nn.Module
     inputs: list[Tensor]
     fused: Callable[[Tensor], Tensor] | None = None
+    layer: Callable[[], nn.Module] | None = None
     exact: list[Tensor] = field(init=False)  # float64 outputs of the first two inputs
     eager_error: float = field(init=False)
     macs: int = field(init=False, default=0)
@@ -49,15 +73,7 @@ class Problem:
         Traffic is that of layer by layer, each reading its input and weight and writing its output once.
         """
 
-        def count(layer, inputs, output):
-            self.macs += output.numel() * layer.weight[0].numel()
-            self.bytes += 4 * (inputs[0].numel() + layer.weight.numel() + output.numel())
-
-        layers = [m for m in self.module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        hooks = [layer.register_forward_hook(count) for layer in layers]
-        self.module(self.inputs[0])
-        for hook in hooks:
-            hook.remove()
+        self.macs, self.bytes = traffic(self.module, self.inputs[0])
         double = copy.deepcopy(self.module).double()
         self.exact = [double(x.double()) for x in self.inputs[:2]]
         pairs = zip(self.inputs, self.exact, strict=False)  # of four inputs, two have exact outputs
@@ -73,6 +89,24 @@ class Problem:
         return max(1e-5, tolerance * self.eager_error)
 
 
+@torch.no_grad()
+def traffic(module: nn.Module, x: Tensor) -> tuple[int, int]:
+    """Multiply-adds of convolutions and linear layers, and the bytes of their inputs, weights and outputs."""
+    macs = size = 0
+
+    def count(layer, inputs, output):
+        nonlocal macs, size
+        macs += output.numel() * layer.weight[0].numel()
+        size += output.element_size() * (inputs[0].numel() + layer.weight.numel() + output.numel())
+
+    layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    module(x)
+    for hook in hooks:
+        hook.remove()
+    return macs, size
+
+
 @dataclass(frozen=True)
 class Case:
     suite: str
@@ -80,6 +114,10 @@ class Case:
     make: Callable[[int], Problem]  # batch size → problem
     recipe: str | None = None  # of a case kept on disk: the source it was made by
     models: tuple[str, ...] = ()  # of a layer: who has it
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    directions: tuple[str, ...] = ("forward",)
+    batches: tuple[int, ...] = ()  # those that it is for, whatever is asked
+    dtypes: tuple[str, ...] = ()  # likewise
 
     def folder(self, batch: int) -> Path | None:
         """Where the problem and its conversions are kept; another folder once anything that it is made by changes."""
@@ -96,7 +134,8 @@ class Case:
         if file and file.exists():
             from benchmarks import third_party
 
-            third_party.timm()
+            if version("timm"):
+                third_party.timm()
             return torch.load(file, weights_only=False)
         torch.manual_seed(0)
         problem = self.make(batch).solve()
@@ -110,9 +149,9 @@ class Case:
 CASES: dict[tuple[str, str], Case] = {}
 
 
-def case(suite: str, name: str, recipe: str | None = None):
+def case(suite: str, name: str, recipe: str | None = None, directions: tuple[str, ...] = ("forward",)):
     def register(make):
-        CASES[suite, name] = Case(suite, name, make, recipe)
+        CASES[suite, name] = Case(suite, name, make, recipe, directions=directions)
         return make
 
     return register

@@ -13,6 +13,7 @@ from benchmarks.cases import Case, Problem
 from benchmarks.cases.registry import version
 
 EVERYWHERE = ("demo", "models", "layers", "operators", "zoo")
+ON_CUDA = ("models", "layers", "operators")
 
 
 class Unsupported(Exception):
@@ -25,6 +26,11 @@ def same(tensor: torch.Tensor) -> torch.Tensor:
 
 def numpy(tensor: torch.Tensor) -> Any:
     return tensor.numpy()
+
+
+def as_tensor(output: Any) -> Any:
+    """What a call gave as PyTorch's: one tensor, or those of a tuple."""
+    return output if isinstance(output, tuple) else torch.as_tensor(output)
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,7 +47,10 @@ class Peer:
     convert: Callable[[Problem, Path], None] | None  # writes the model into a folder, once
     ours: bool
     is_model: bool  # False: not the same computation, only something to compare with
-    tolerance: float  # how many times eager float32's own error its outputs may be off
+    tolerance: float  # how many times eager's own error in the same dtype its outputs may be off
+    graph: bool = False  # replayed from CUDA graphs
+    returned: Callable[[Any], Any] = as_tensor  # what a call gives as PyTorch's
+    wait: Callable[[Any], Any] | None = None  # for what a call gives, of a runtime with a CUDA stream of its own
 
     def missing(self) -> list[str]:
         return [package for package in self.needs if version(package) is None]
@@ -58,6 +67,11 @@ class Peer:
 
 
 PEERS: dict[str, Peer] = {}
+CUDA_PEERS: dict[str, Peer] = {}
+
+
+def peers_of(device: str) -> dict[str, Peer]:
+    return {"cpu": PEERS, "cuda": CUDA_PEERS}[device]
 
 
 def peer(
@@ -72,6 +86,22 @@ def peer(
 ):
     def register(prepare):
         PEERS[name] = Peer(name, prepare, suites, needs, given, convert, ours, is_model, tolerance)
+        return prepare
+
+    return register
+
+
+def cuda_peer(
+    name: str,
+    suites: tuple[str, ...] = ON_CUDA,
+    needs: tuple[str, ...] = (),
+    given: Callable[[torch.Tensor], Any] = same,
+    ours: bool = False,
+    is_model: bool = True,
+    **options: Any,
+):
+    def register(prepare):
+        CUDA_PEERS[name] = Peer(name, prepare, suites, needs, given, None, ours, is_model, 4, **options)
         return prepare
 
     return register
