@@ -3,48 +3,48 @@
 import csv
 
 import pytest
+import torch
 
-from benchmarks import predict
+from mobilenet_fast.accelerate.roofline import H100, Work
+
+pytest.importorskip("triton")
+from benchmarks import predict  # noqa: E402
 
 
 def test_a_step_takes_the_longest_of_what_it_needs():
-    assert predict.predicted_us("pointwise_conv2d", 3e3, 1e3, False) == predict.LAUNCH_US
-    assert predict.predicted_us("pointwise_conv2d", 30e6, 1e3, False) == pytest.approx(10)
-    assert predict.predicted_us("pointwise_conv2d", 55e6, 1e3, True) == pytest.approx(10)
-    assert predict.predicted_us("conv2d", 3e3, 3.5e9, False) == pytest.approx(10)
-    assert predict.predicted_us("depthwise_conv2d + relu", 3e3, 300e6, False) == pytest.approx(16)
+    us, launch = 1e-6, H100.launch_seconds
+    assert Work(30e6, 0).seconds() == pytest.approx(10 * us + launch)
+    assert Work(0, 55e6).seconds() == pytest.approx(10 * us + launch)
+    assert Work(0, 0, macs=3.3e9).seconds() == pytest.approx(10 * us + launch)
+    assert Work(0, 0, macs=3.3e9, dtype=torch.float32).seconds() == pytest.approx(20 * us + launch)
+    assert Work(0, 0, instructions=280e6).seconds() == pytest.approx(10 * us + launch)
+    assert Work(0, 0, turns=10, programs=6 * 132 + 1).seconds() == pytest.approx(20 * H100.load_seconds + launch)
+    assert Work(30e6, 0, 1, 1).bound() == "memory" and Work(1, 1).bound() == "latency"
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return predict.plans("mobilenet_v3_small", 224)
+def steps():
+    return predict.steps_of("mobilenet_v3_small", 224)
 
 
-def test_bytes_of_a_batch(rows):
-    """Of the first convolution, a depthwise one, a pointwise one with gate and residual, and a squeeze-excite."""
-    assert not any("inverted_residual" in row.operation for row in rows[0])
+def test_bytes_of_a_batch(steps):
+    """Of the first convolution, and of a pointwise one with gate and residual; in half precision."""
     for batch in (1, 32):
-        steps = predict.steps_of("mobilenet_v3_small", batch, *rows)
-        by_kind = {}
-        for step in steps:
-            by_kind.setdefault(step.operation, step)
-        first = steps[0]
-        weights = 2 * 16 * 3 * 9
-        assert first.macs == batch * 112 * 112 * 16 * 27
-        assert first.bytes == 2 * batch * (3 * 224**2 + 16 * 112**2) + weights
-        depthwise = steps[1]
-        assert depthwise.operation.startswith("depthwise") and depthwise.macs == batch * 16 * 9 * 56 * 56
-        sums = 2 * batch * 16 * 56  # at most one a row, of the squeeze-excite behind it
-        assert 0 < depthwise.bytes - (2 * batch * 16 * (112**2 + 56**2) + 2 * 16 * 9) <= sums
-        excite = by_kind["squeeze_excite"]
-        assert excite.bytes == 2 * (2 * 16 * 8) + batch * 2 * 2 * 16
+        row, work = steps[batch][0]
+        assert row.macs == work.macs == batch * 112 * 112 * 16 * 27
+        assert row.bytes == 2 * (batch * (3 * 224**2 + 16 * 112**2) + 16 * 27)
+        row, work = next((r, w) for r, w in steps[batch] if "gate + residual" in r.operation)
+        channels = row.shape[1]
+        pixels, hidden = row.shape[2] * row.shape[3], row.macs // (batch * channels * row.shape[2] * row.shape[3])
+        assert row.bytes == 2 * (batch * (pixels * (hidden + 2 * channels) + hidden) + hidden * channels)
 
 
-def test_a_batch_fits_the_cache_until_it_does_not(rows):
-    small, large = (predict.steps_of("mobilenet_v3_small", batch, *rows) for batch in (1, 256))
-    assert not small[0].fits_l2 and all(step.fits_l2 for step in small[1:])  # the picture comes from memory
-    assert not large[1].fits_l2 and large[-1].fits_l2
-    assert large[1].bound == "memory" and small[1].bound == "launch"
+def test_what_fits_the_cache_comes_from_there(steps):
+    for rows in steps.values():
+        for row, work in rows:
+            assert work.memory_bytes + work.cached_bytes >= row.bytes - 1
+    assert all(work.bound() == "latency" for _, work in steps[1])
+    assert steps[256][0][1].bound() == "memory" and steps[256][0][1].memory_bytes > 0
 
 
 def test_page_and_csv(tmp_path, capsys):

@@ -48,9 +48,9 @@ def limits_of(device: torch.device) -> Limits:
 
 # Instructions that a thread issues for each element, read off the compiled kernels: a bias, an activation, a conversion
 # and a share of the pointers.
-_EPILOGUE = 8
+_EPILOGUE = 10
 # Beside the multiply-add of each tap: a share of the loads, conversions and pointers of the rows that it reads.
-_TAP = 1.6
+_TAP = 2.1
 # For each element that a fused block expands anew: activation, two conversions, the border's zero, the multiply-add.
 _EXPANDED = 9
 
@@ -71,18 +71,27 @@ class Work:
     """Six of them at a time share a multiprocessor, as far as turns count."""
     dtype: torch.dtype = torch.float16
 
-    def seconds(self, limits: Limits = H100) -> float:
+    def parts(self, limits: Limits = H100) -> dict[str, float]:
+        """Seconds that each resource would take alone."""
         if self.dtype.itemsize == 8:
             macs = limits.tf32_macs / 8
         else:
             macs = limits.half_macs if self.dtype.itemsize == 2 else limits.tf32_macs
-        slowest = max(
-            self.memory_bytes / limits.copy_bytes + self.cached_bytes / limits.l2_bytes_a_second,
-            self.macs / macs,
-            self.instructions / limits.instructions,
-            self.turns * limits.load_seconds * -(-self.programs // (6 * limits.multiprocessors)),
-        )
-        return limits.launch_seconds + slowest
+        rounds = -(-self.programs // (6 * limits.multiprocessors))
+        return {
+            "memory": self.memory_bytes / limits.copy_bytes + self.cached_bytes / limits.l2_bytes_a_second,
+            "tensor cores": self.macs / macs,
+            "instructions": self.instructions / limits.instructions,
+            "latency": self.turns * limits.load_seconds * rounds,
+        }
+
+    def seconds(self, limits: Limits = H100) -> float:
+        return limits.launch_seconds + max(self.parts(limits).values())
+
+    def bound(self, limits: Limits = H100) -> str:
+        """The resource that it waits for most."""
+        parts = self.parts(limits)
+        return max(parts, key=parts.__getitem__)
 
 
 def work_of(node: Node, weights_elements: int = 0, limits: Limits = H100, reads: list[Node] | None = None) -> Work:
