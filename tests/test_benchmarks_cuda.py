@@ -25,6 +25,7 @@ from benchmarks.worker import Session
 
 TINY = Case("models", "tiny", tiny_network)
 DEPTHWISE = "depthwise_conv2d 24x9x7 to 24 k5x3 s2 p2x1"
+BATCH_NORM = "batch_norm_act 24x9x9 relu6"
 EAGER = [name for name in CUDA_PEERS if name.startswith("eager")]
 
 
@@ -80,12 +81,12 @@ def test_chunks_compare_all_images(monkeypatch):
     assert placed.error_of(outputs) <= placed.allowed()
 
 
-@pytest.mark.parametrize("name", ["batch_norm_act 24x9x9 relu6", DEPTHWISE])
-@pytest.mark.parametrize("direction", ("forward", "forward+input", "forward+weight", "forward+both", "training"))
+@pytest.mark.parametrize(
+    "name, direction",
+    [(name, direction) for name in (BATCH_NORM, DEPTHWISE) for direction in find_case("layers", name).directions],
+)
 def test_directions(name, direction):
     case = find_case("layers", name)
-    if direction not in case.directions:
-        pytest.skip("the case has no such direction")
     session = Session(case, CUDA_PEERS["eager channels_last"], on_gpu(direction=direction), FakeGpu())
     placed = PlacedProblem(case.problem(1), on_gpu(direction=direction), "cpu")
     (x,) = placed.leaves(placed.inputs[:1])
@@ -175,6 +176,21 @@ def test_batch_norm_and_relu_are_taken_into_convolutions():
         torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_depthwise_convolutions_stay_apart_where_cudnn_has_no_fused_one(monkeypatch):
+    seen = []
+
+    def dense_only(x, weight, bias, stride, padding, dilation, groups):
+        if groups > 1:
+            raise RuntimeError("no engine")
+        seen.append(groups)
+        return convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+
+    monkeypatch.setattr("benchmarks.peers.cuda.CONVOLUTION_RELU", dense_only)
+    case = Case("models", "relus", lambda batch: Problem(with_relus(), [torch.randn(batch, 3, 9, 9)] * 4).solve())
+    Session(case, CUDA_PEERS["cuDNN fused channels_last graph"], on_gpu(), FakeGpu())
+    assert seen
+
+
 def test_a_convolution_without_relu_is_not_fused():
     case = CASES["operators", "pointwise_conv2d 64to24 56x56"]
     with pytest.raises(Unsupported, match="no convolution with ReLU"):
@@ -208,7 +224,7 @@ def test_depthwise_kernels_are_chosen_where_torch_lets():
 
 
 def test_what_ours_is_given_in_layers():
-    for name in ("batch_norm_act 24x9x9 relu6", DEPTHWISE, "squeeze_excite 24x9x9 squeeze 8 silu sigmoid"):
+    for name in (BATCH_NORM, DEPTHWISE, "squeeze_excite 24x9x9 squeeze 8 silu sigmoid"):
         case = find_case("layers", name)
         for direction in case.directions:
             for peer in ("functional", "functional channels_last graph"):

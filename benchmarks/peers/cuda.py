@@ -87,14 +87,16 @@ def fold_batch_norms(model: nn.Module, x: torch.Tensor) -> fx.GraphModule:
     return folded
 
 
-def fuse_relus(model: fx.GraphModule, convolution_relu: Callable) -> int:
+def fuse_relus(model: fx.GraphModule, convolution_relu: Callable, grouped: bool = True) -> int:
     """Runs convolutions with a ReLU behind them as one call; returns how many there were.
 
     Those with a ReLU6 as well: what is above 6 is still cut off by a kernel of its own, but the bias is added for free.
+    ``grouped``: depthwise ones too.
     """
     graph, fused = model.graph, 0
     for node in list(graph.nodes):
-        then = only_user(node) if node.target == aten.conv2d.default else None
+        fuses = node.target == aten.conv2d.default and (grouped or argument(node, 6, 1) == 1)
+        then = only_user(node) if fuses else None
         is_relu = then is not None and then.target in (aten.relu.default, aten.relu_.default)
         is_relu6 = then is not None and then.target in CLAMPS and then.args[1:] == (0.0, 6.0)
         if is_relu or is_relu6:
@@ -115,12 +117,18 @@ def fused_cudnn(problem, threads):
         raise Unsupported(f"torch {torch.__version__} has no fused convolution")
     if problem.setting.direction != "forward":
         raise Unsupported("forward only")
-    model = copy.deepcopy(problem.module).to(memory_format=torch.channels_last)
     x = channels_last(problem.inputs[0])
-    model = fold_batch_norms(model, x)
-    if not fuse_relus(model, CONVOLUTION_RELU) and not problem.is_network:
-        raise Unsupported("no convolution with ReLU")
-    return model.to(memory_format=torch.channels_last)
+    for grouped in (True, False):
+        model = fold_batch_norms(copy.deepcopy(problem.module), x)
+        if not fuse_relus(model, CONVOLUTION_RELU, grouped) and not problem.is_network:
+            raise Unsupported("no convolution with ReLU")
+        model.to(memory_format=torch.channels_last)
+        try:
+            model(x)
+            return model
+        except RuntimeError:  # cuDNN has no fused kernel for all depthwise convolutions
+            if not grouped:
+                raise
 
 
 def compiled(mode: str | None) -> Callable:
