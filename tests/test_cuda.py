@@ -27,6 +27,7 @@ HALF = (torch.float16, torch.bfloat16)
 pytestmark = [pytest.mark.gpu]
 if not cuda.INTERPRETED:
     pytestmark.append(pytest.mark.skipif(cuda.missing() is not None, reason=f"{cuda.missing()}"))
+SIZE = (5, 6) if cuda.INTERPRETED else (29, 31)
 needs_gpu = pytest.mark.skipif(cuda.INTERPRETED, reason="needs a GPU")
 
 
@@ -105,7 +106,8 @@ def test_opcheck(operation, layout):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gradcheck(operation):
     args = arguments(operation, dtype=torch.float64, activation="silu", channels=2, size=(3, 2))
-    assert torch.autograd.gradcheck(function(operation), learning(operation, moved(args)))
+    args = learning(operation, moved(args))
+    assert torch.autograd.gradcheck(function(operation), args, fast_mode=cuda.INTERPRETED)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,6 +125,7 @@ def test_gradients(operation, layout, dtype):
         assert error <= 32 * torch.finfo(dtype).eps * wanted.grad.abs().max()
 
 
+@needs_gpu
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gradients_are_deterministic(operation):
     results = []
@@ -154,8 +157,8 @@ def test_autocast(operation, dtype):
 
 
 def near(actual, stock, exact, dtype):
-    """As near to the truth as PyTorch is, or within a rounding of the largest."""
-    allowed = 2 * (stock.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    """As near to the truth as PyTorch is, or within what rounds once each: operands, sum, activation, gradient."""
+    allowed = 2 * (stock.double() - exact).abs().max() + 4 * torch.finfo(dtype).eps * exact.abs().max()
     assert (actual.double() - exact).abs().max() <= allowed
 
 
@@ -368,7 +371,7 @@ def block(activation="hardswish"):
 def test_block(dtype, layout):
     """A chain of kernels; norms of half precision in float32."""
     layer = block()
-    x = operand((2, 16, 9, 11)).to(DEVICE)
+    x = operand((2, 16, *SIZE)).to(DEVICE)
     exact = layer.double()(x.double()).detach()
     layer.to(dtype)
     if dtype in HALF:
@@ -422,7 +425,7 @@ def stock(layer):
 
 @pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=needs_gpu)))
 def test_compiles_in_one_graph(backend):
-    layer, x = block(), operand((2, 16, 9, 11), "channels_last").to(DEVICE)
+    layer, x = block(), operand((2, 16, *SIZE), "channels_last").to(DEVICE)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
@@ -436,7 +439,7 @@ def test_compiled_training(backend):
     for compiles in (True, False):
         layer = block().train()
         run = torch.compile(layer, fullgraph=True, backend=backend) if compiles else layer
-        x = operand((2, 16, 9, 11), "channels_last").to(DEVICE).requires_grad_()
+        x = operand((2, 16, *SIZE), "channels_last").to(DEVICE).requires_grad_()
         run(x).square().sum().backward()
         results.append((x.grad, *(p.grad for p in layer.parameters())))
     for actual, expected in zip(*results, strict=True):
@@ -446,7 +449,7 @@ def test_compiled_training(backend):
 
 @needs_gpu
 def test_export_sees_plain_pytorch():
-    layer, x = block(), operand((2, 16, 9, 11)).to(DEVICE)
+    layer, x = block(), operand((2, 16, *SIZE)).to(DEVICE)
     program = torch.export.export(layer, (x,))
     assert not [node for node in program.graph.nodes if "mobilenet_fast" in str(node.target)]
     with torch.no_grad():
