@@ -1,7 +1,9 @@
 """accelerate() on Triton kernels: on a GPU, or on the CPU in Triton's interpreter (``TRITON_INTERPRET=1``)."""
 
+import contextlib
 import copy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,6 +272,94 @@ def test_bad_input(small):
         fast_form(
             nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()).eval(), torch.zeros(1, 8, 2, 2, device=DEVICE), strict=True
         )
+
+
+@pytest.fixture
+def happened(monkeypatch):
+    """What is done with CUDA's graphs, streams and events, in whose place others are: a replay computes the outputs
+    anew, from the inputs kept.
+    """
+    happened = []
+
+    class Event:
+        def record(self, stream):
+            happened.append("record")
+
+    class Stream:
+        def wait_stream(self, other):
+            happened.append("wait for stream")
+
+        def wait_event(self, event):
+            happened.append("wait for event")
+
+    class Graph:
+        def replay(self):
+            happened.append("replay")
+            recorded = self.plan.recorded
+            for kept, new in zip(recorded.outputs, self.plan.execute(recorded.inputs), strict=True):
+                kept.copy_(new)
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream, capture_error_mode):
+        happened.append("capture")
+        yield
+
+    for name, other in {
+        "Event": Event,
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "current_stream": Stream,
+        "stream": contextlib.nullcontext,
+        "device": contextlib.nullcontext,
+        "graph_pool_handle": lambda: (0, 1),
+        "is_current_stream_capturing": lambda: False,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, other)
+    return happened
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has graphs of its own")
+def test_what_is_recorded(happened, monkeypatch):
+    """Inputs are copied in, outputs cloned, each run waits for the one before; in inference mode as well."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Hardswish(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    fast = fast_form(model, x)
+    (entry,) = fast._plans.values()
+    monkeypatch.setattr(entry.plan, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "plan", entry.plan, raising=False)
+    with torch.inference_mode():
+        first = fast(x)
+    assert happened == ["wait for stream", "wait for stream", "capture", "wait for event", "replay", "record"]
+    with torch.no_grad():
+        second = fast(2 * x)
+        expected = [model(x), model(2 * x)]
+    assert happened[6:] == ["wait for event", "replay", "record"]
+    for y, wanted in zip((first, second), expected, strict=True):
+        torch.testing.assert_close(y, wanted)
+    recorded = entry.plan.recorded
+    mine = {tensor.data_ptr() for tensor in (*recorded.inputs, *recorded.outputs)}
+    assert not mine & {x.data_ptr(), first.data_ptr(), second.data_ptr()}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has graphs of its own")
+def test_what_cannot_be_recorded_runs_step_by_step(happened, monkeypatch):
+    @contextlib.contextmanager
+    def refuse(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    model = nn.Conv2d(3, 8, 1).eval()
+    x = torch.randn(2, 3, 5, 5)
+    fast = fast_form(model, x)
+    (entry,) = fast._plans.values()
+    monkeypatch.setattr(entry.plan, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    before = torch.backends.cudnn.benchmark
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), model(x))
+    assert entry.plan.why_not_recorded.startswith("operation not permitted") and "replay" not in happened
+    assert torch.backends.cudnn.benchmark == before
 
 
 # On a GPU alone

@@ -159,7 +159,8 @@ class CudaPlan:
             with self.weights.lock:
                 if self.recorded is None and not self.why_not_recorded:
                     try:
-                        self.recorded = _Recorded(self, tensors)
+                        with _one_at_a_time, torch.inference_mode(False), torch.no_grad():
+                            self.recorded = _Recorded(self, tensors)
                     except RuntimeError as error:  # a step that PyTorch can't record: it waits for the GPU, say
                         self.why_not_recorded = first_line(error)
         return self.recorded is not None
@@ -178,27 +179,36 @@ class CudaPlan:
         return [values[output] for output in self.outputs]
 
 
+_one_at_a_time = threading.Lock()
+"""PyTorch records one CUDA graph at a time in a process."""
+
+
 class _Recorded:
-    """A plan's CUDA graph, with the tensors that it reads and writes."""
+    """A plan's CUDA graph, with the tensors that it reads and writes: memory of the graphs' own, so that nobody
+    else gets it while a graph that was dropped still runs.
+    """
 
     def __init__(self, plan: CudaPlan, tensors: list[Tensor]):
         shared = plan.weights
         if shared.pool is None:
             shared.pool, shared.done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
-        pairs = list(zip(plan.inputs, tensors, strict=True))
-        self.inputs = [tensor.detach().to(node.dtype, copy=True) for node, tensor in pairs]
-        cudnn = torch.backends.cudnn
-        settings = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
-        with torch.backends.cudnn.flags(benchmark=True, **settings):
+        side = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        options = {"pool": shared.pool, "stream": side, "capture_error_mode": "thread_local"}
+        benchmark = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
             # Once as usual, on a stream of its own as PyTorch asks: kernels are compiled, cuDNN chooses its own.
-            side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                plan.execute(self.inputs)
+                plan.execute(tensors)
             torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=shared.pool, capture_error_mode="thread_local"):
+            pairs = list(zip(plan.inputs, tensors, strict=True))
+            with torch.cuda.graph(self.graph, **options):
+                self.inputs = [torch.empty_like(tensor, dtype=node.dtype) for node, tensor in pairs]
                 self.outputs = plan.execute(self.inputs)
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
 
 
 def _owned(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -221,7 +231,10 @@ def why_unavailable(device: torch.device) -> str | None:
 def build(graph: Graph, weights: CudaWeights, device: torch.device, limits: Limits | None = None) -> CudaPlan:
     limits = limits or limits_of(device)
     fuse_blocks(graph, lambda *layers: _fastest(graph, limits, *layers))
-    return _Builder(graph, weights, device, limits).build()
+    plan = _Builder(graph, weights, device, limits).build()
+    if device.type == "cuda":  # weights were packed on this thread's stream
+        torch.cuda.current_stream(device).synchronize()
+    return plan
 
 
 # Of a product within a fused block: all of these channels are in registers at once.
@@ -553,23 +566,29 @@ class _Builder:
         geometry = attrs["stride"], (top, left) if symmetric else (0, 0), attrs["dilation"]
         has_relu = activation == "relu" and self.device.type == "cuda" and node.dtype != torch.float64
 
+        def with_relu(image: Tensor, values: Values) -> Tensor | None:
+            """None where this cuDNN has no such kernel, which the run before the recording shows."""
+            nonlocal has_relu
+            try:
+                if residual is None:
+                    return torch.cudnn_convolution_relu(image, packed.weight, packed.bias, *geometry, 1)
+                z = values[residual].contiguous(memory_format=torch.channels_last)
+                return torch.cudnn_convolution_add_relu(image, packed.weight, z, 1.0, packed.bias, *geometry, 1)
+            except RuntimeError:
+                has_relu = False
+                return None
+
         def cudnn(values: Values) -> None:
             image = values[x].contiguous(memory_format=torch.channels_last)
             if not symmetric:
                 image = torch.nn.functional.pad(image, (left, right, top, bottom))
-            if has_relu and residual is None:
-                y = torch.cudnn_convolution_relu(image, packed.weight, packed.bias, *geometry, 1)
-            elif has_relu:
-                z = values[residual].contiguous(memory_format=torch.channels_last)
-                y = torch.cudnn_convolution_add_relu(image, packed.weight, z, 1.0, packed.bias, *geometry, 1)
-            else:
+            y = with_relu(image, values) if has_relu else None
+            if y is None:
                 y = torch.nn.functional.conv2d(image, packed.weight, None, *geometry)
                 target = self.out(node, values) if node in self.places else y
-                values[node] = kernels.epilogue(
-                    y, packed.bias, None if residual is None else values[residual], None, activation, out=target
-                )
-                return
-            if node in self.places:
+                rest = None if residual is None else values[residual]
+                values[node] = kernels.epilogue(y, packed.bias, rest, None, activation, out=target)
+            elif node in self.places:
                 self.out(node, values).copy_(y)
             else:
                 values[node] = y
