@@ -1,9 +1,21 @@
 """Each test that asks for ``isa`` runs once for every instruction set that this machine has."""
 
+import os
+
 import pytest
 import torch
 
 from mobilenet_fast import _C
+
+
+def pytest_configure():
+    """Triton's interpreter looks through all of Triton's language again at each call of a device function, half of its
+    time, for what the kernel that calls it has found before.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from triton.runtime.interpreter import InterpretedFunction
+
+        InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
 def pytest_addoption(parser):
