@@ -75,8 +75,11 @@ def mixed(operation, dtype, layout="contiguous"):
 # Functions
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+# The kernels' own tests have the pairs of these.
+@pytest.mark.parametrize(
+    "dtype, layout",
+    [(torch.float32, layout) for layout in LAYOUTS] + [(dtype, "channels_last") for dtype in DTYPES[1:]],
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_functions(operation, layout, dtype, calls):
     args = arguments(operation, layout, dtype)
@@ -175,11 +178,9 @@ def test_fakes_of_other_layouts(operation, layout, triton_operators):
     torch.library.opcheck(operator, arguments(operation, layout), test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 5, 4), (2, 3, 1, 1), (1, 3, 5, 4), (0, 3, 5, 4), (1, 1, 1, 1)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 2), (2, 3, 1, 1), (1, 3, 3, 2), (0, 3, 3, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "transposed"))
 def test_strides_where_a_shape_has_several_layouts(shape, layout, triton_operators):
-    if shape[0] == 0 and layout.startswith("sliced"):
-        pytest.skip("opcheck does not copy empty slices")
     input = operand(shape, layout)
     channels = shape[1]
     operators = torch.ops.mobilenet_fast
