@@ -159,7 +159,7 @@ class CudaDevice:
             "total_mib": total / 2**20,
             "peak_mib": torch.cuda.max_memory_reserved() / 2**20,
             "held_mib": self.memory_mib(),
-            "tf32": torch.backends.cudnn.allow_tf32,
+            "tf32": torch.backends.cudnn.conv.fp32_precision == "tf32",
         }
 
 

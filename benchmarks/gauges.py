@@ -169,7 +169,8 @@ class Peaks:
         import torch
 
         # A convolution of 1×1 is such a product, and may use TF32 by default where a product may not.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+        rounded = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if rounded else "ieee"
         a, b = torch.randn(2, self.size, self.size, device=self.device).to(DTYPES[dtype])
         c = torch.empty_like(a)
         copy_ms = self.clock(lambda: self.target.copy_(self.source))

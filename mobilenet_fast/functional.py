@@ -9,7 +9,7 @@ insist on those kernels, ``backend="reference"`` on PyTorch. In Triton's interpr
 **Error.** With eps of the dtype and n the number of terms of an output's sum, an output differs from its exact value
 by at most 4 · n · eps times the sum of its terms' magnitudes. silu and sigmoid of it add at most 5e-7 (float32) or
 6e-16 (float64) of their value. On GPUs, float32 products of 1x1 convolutions are rounded to TF32 where
-``torch.backends.cudnn.allow_tf32`` lets PyTorch's own be.
+``torch.backends.cudnn.conv.fp32_precision`` lets PyTorch's own be.
 
 **Gradients.** They are deterministic. `depthwise_conv2d` and `batch_norm_act` have Triton kernels for theirs; those of
 the others, on the CPU all, and second derivatives come from the reference, which is computed again.

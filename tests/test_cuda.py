@@ -28,7 +28,10 @@ pytestmark = [pytest.mark.gpu]
 if not cuda.INTERPRETED:
     pytestmark.append(pytest.mark.skipif(cuda.missing() is not None, reason=f"{cuda.missing()}"))
 SIZE = (5, 6) if cuda.INTERPRETED else (29, 31)
-needs_gpu = pytest.mark.skipif(cuda.INTERPRETED, reason="needs a GPU")
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu_alone(pytest.mark.skipif(cuda.INTERPRETED, reason="needs a GPU")(test))
 
 
 @pytest.fixture(autouse=True)
@@ -423,7 +426,7 @@ def stock(layer):
     return layer
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=needs_gpu)))
+@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compiles_in_one_graph(backend):
     layer, x = block(), operand((2, 16, *SIZE), "channels_last").to(DEVICE)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)

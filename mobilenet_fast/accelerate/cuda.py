@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -29,6 +29,7 @@ from .plan import Report, Row, describe_operation, fold, is_channels_last, is_na
 from .roofline import Limits, Work, limits_of, work_of
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # the first is the default
+CALL_FIRST = "accelerate: inputs of these shapes must be passed once before such a call is captured in a CUDA graph"
 Values = dict[Hashable, Tensor]
 
 
@@ -67,7 +68,7 @@ class CudaWeights:
 def _pack(weight: Tensor, bias: Tensor | None, kind: str, dtype: torch.dtype) -> _Packed:
     """Bias and depthwise filters stay in the type that kernels sum in: they are small, and exact for nothing."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    bias = weight.new_zeros(weight.shape[0], dtype=wide) if bias is None else bias.to(wide)
+    bias = weight.new_zeros(weight.shape[0], dtype=wide) if bias is None else bias.to(wide).contiguous()
     if kind == "depthwise_conv2d":  # (kH, kW, C): neighbouring channels are read together
         weight = weight.to(wide).permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
     elif kind == "pointwise_conv2d":
@@ -142,7 +143,9 @@ class CudaPlan:
     def _results(self, tensors: list[Tensor], memory_format: torch.memory_format) -> list[Tensor]:
         # A caller's own CUDA graph takes in the steps one by one; an empty batch launches nothing.
         apart = self.device.type != "cuda" or not all(tensor.numel() for tensor in tensors)
-        if apart or torch.cuda.is_current_stream_capturing() or not self._is_recorded(tensors):
+        if not apart and (apart := torch.cuda.is_current_stream_capturing()) and not self.has_run:
+            raise RuntimeError(CALL_FIRST)
+        if apart or not self._is_recorded(tensors):
             return [_owned(result, memory_format) for result in self.execute(tensors)]
         shared, stream = self.weights, torch.cuda.current_stream()
         with shared.lock:
@@ -154,15 +157,23 @@ class CudaPlan:
             shared.done.record(stream)
         return results
 
+    @property
+    def has_run(self) -> bool:
+        """Whether its kernels are compiled."""
+        return self.recorded is not None or bool(self.why_not_recorded)
+
     def _is_recorded(self, tensors: list[Tensor]) -> bool:
-        if self.recorded is None and not self.why_not_recorded:
+        if not self.has_run:
             with self.weights.lock:
-                if self.recorded is None and not self.why_not_recorded:
+                if not self.has_run:
                     try:
                         with _one_at_a_time, torch.inference_mode(False), torch.no_grad():
                             self.recorded = _Recorded(self, tensors)
+                    except torch.cuda.OutOfMemoryError:
+                        raise
                     except RuntimeError as error:  # a step that PyTorch can't record: it waits for the GPU, say
                         self.why_not_recorded = first_line(error)
+                        self.report = replace(self.report, why_not_recorded=self.why_not_recorded)
         return self.recorded is not None
 
     def execute(self, tensors: list[Tensor], after_row: Callable[[], None] | None = None) -> list[Tensor]:
@@ -195,18 +206,23 @@ class _Recorded:
         side = torch.cuda.Stream()
         self.graph = torch.cuda.CUDAGraph()
         options = {"pool": shared.pool, "stream": side, "capture_error_mode": "thread_local"}
-        benchmark = torch.backends.cudnn.benchmark
+        benchmark, current = torch.backends.cudnn.benchmark, torch.cuda.current_stream()
         torch.backends.cudnn.benchmark = True
         try:
             # Once as usual, on a stream of its own as PyTorch asks: kernels are compiled, cuDNN chooses its own.
-            side.wait_stream(torch.cuda.current_stream())
+            side.wait_stream(current)
             with torch.cuda.stream(side):
                 plan.execute(tensors)
-            torch.cuda.current_stream().wait_stream(side)
+            current.wait_stream(side)
             pairs = list(zip(plan.inputs, tensors, strict=True))
             with torch.cuda.graph(self.graph, **options):
                 self.inputs = [torch.empty_like(tensor, dtype=node.dtype) for node, tensor in pairs]
                 self.outputs = plan.execute(self.inputs)
+        except Exception:
+            # PyTorch leaves a failed recording on its stream, and its pool as one that is being recorded to.
+            torch.cuda.set_stream(current)
+            shared.pool = None
+            raise
         finally:
             torch.backends.cudnn.benchmark = benchmark
 
@@ -510,7 +526,7 @@ class _Builder:
             norm = attrs["batch_norm"]
             wide = torch.float64 if node.dtype == torch.float64 else torch.float32
             tensors = [
-                None if name is None else self.graph.constants[name].detach().to(wide)
+                None if name is None else self.graph.constants[name].detach().to(wide).contiguous()
                 for name in (norm.mean, norm.var, norm.weight, norm.bias)
             ]
 
@@ -601,17 +617,18 @@ class _Builder:
         if node.op == "reshape":
             return lambda values: values.__setitem__(node, values[node.inputs[0]].reshape(node.shape))
         call: Call = node.attrs["call"]
-        constants = self.graph.constants
+        arguments = [
+            argument.of(self.graph.constants).detach() if isinstance(argument, Constant) else argument
+            for argument in call.arguments
+        ]
 
-        def argument(value: Any, values: Values) -> Any:
+        def given(value: Any, values: Values) -> Any:
             if isinstance(value, Slot):
                 return values[node.inputs[value.index]]
-            if isinstance(value, Constant):
-                return value.of(constants).detach()
-            return [argument(each, values) for each in value] if isinstance(value, list) else value
+            return [given(each, values) for each in value] if isinstance(value, list) else value
 
         def run(values: Values) -> None:
-            values[node] = call_with_schema(call.target, [argument(value, values) for value in call.arguments])
+            values[node] = call_with_schema(call.target, [given(value, values) for value in arguments])
 
         return run
 

@@ -51,8 +51,9 @@ class AcceleratedModule(nn.Module):
     once. Autocast does not change what it computes.
 
     On CUDA a plan is recorded as a CUDA graph at its first call. Graphs share their memory, so calls on several streams
-    wait for each other; within a caller's own CUDA graph the plan's kernels become a part of that. Products of float32
-    are rounded to TF32 if ``torch.backends.cudnn.allow_tf32`` was set at the first call.
+    wait for each other; within a caller's own CUDA graph the plan's kernels become a part of that, if such a call was
+    made before, and read the weights of then. Products of float32 are rounded to TF32 if PyTorch's convolutions may be
+    at the first call.
 
     ``state_dict()`` holds the model's own keys with the weights in use, and ``load_state_dict()`` replaces them; there
     are no parameters to train, and ``train()`` leaves it in evaluation mode. Copies, pickles and files (:meth:`save`)
@@ -163,6 +164,8 @@ class AcceleratedModule(nn.Module):
         return tensors, entry
 
     def _prepare(self, args: tuple, kwargs: dict[str, Any], leaves: Any, key: tuple) -> _Entry:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(cuda.CALL_FIRST)
         spec = pytree.tree_structure((args, kwargs))
         mismatch = self._check(leaves, self._examples.get(spec))
         if self.dtype is not None:
@@ -263,7 +266,7 @@ class AcceleratedModule(nn.Module):
         """
         if runs < 1:
             raise ValueError(f"accelerate: runs must be at least 1, got {runs}")
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             tensors, entry = self._plan(args, kwargs)
             if self.backend == "triton":
                 return measure_cuda(entry.plan, tensors, runs)

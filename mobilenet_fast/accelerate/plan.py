@@ -97,6 +97,8 @@ class Report:
     part_bytes: int
     parts: int
     """``whole_bytes`` of the arena are one for all threads, ``part_bytes`` one for each of the ``parts`` under way."""
+    why_not_recorded: str = ""
+    """Why the steps run one by one on CUDA, rather than as a CUDA graph."""
 
     @property
     def arena_bytes(self) -> int:
@@ -118,8 +120,10 @@ class Report:
             "  ".join([*(cell.ljust(width) for cell, width in zip(line[:3], widths, strict=True)), line[3]])
             for line in lines
         )
-        native = len(self.rows) - len(self.fallbacks)
+        native = sum(not row.fallback and not row.kernel.startswith("cuDNN") for row in self.rows)
         total = f"{native} of {len(self.rows)} steps on {self.isa} kernels, arena {self.arena_bytes / 2**20:.1f} MiB"
+        if self.why_not_recorded:
+            total += f", no CUDA graph: {self.why_not_recorded}"
         return f"{table}\n{total}"
 
 
