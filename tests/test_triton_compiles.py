@@ -26,9 +26,10 @@ def test_kernels_compile(dtype, channels_last):
             assert resources.shared_bytes <= CHIPS[90].shared_bytes, what
             wide = ("depthwise_conv2d_forward", "conv2d_forward", "pool2d_forward") if channels_last else ()
             if launch.name in (*wide, "epilogue_forward") and dtype is torch.float16:
-                # A stem's three channels are loaded one by one.
-                assert resources.load_bytes == 16 or label.startswith("3 →"), what
-                assert resources.store_bytes == 16, what
+                # Large depthwise filters leave registers for 4 channels; a stem's three are loaded one by one.
+                vector = 8 if launch.name == "depthwise_conv2d_forward" and "5 × 5" in label else 16
+                assert resources.load_bytes == vector or label.startswith("3 →"), what
+                assert resources.store_bytes == vector, what
 
 
 def test_page_has_a_row_a_kernel_and_a_column_an_architecture():

@@ -61,6 +61,21 @@ def row_pointers(pointer, strides, row_stride, image, row, column, channel, CHAN
 
 
 @triton.jit
+def patch_pointers(pointer, strides, row_stride, image, row, column, channel, CHANNELS_LAST: tl.constexpr):
+    """The same of pixels that each have a row of their own."""
+    return (
+        row_pointers(pointer, strides, 0, image, 0, column, channel, CHANNELS_LAST)
+        + (tl.cast(row, tl.int64) * row_stride)[:, None]
+    )
+
+
+@triton.jit
+def within(index, size):
+    """Whether 0 <= index < size, in one comparison."""
+    return tl.cast(index, tl.uint32) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
 def square_root(x):
     """Correctly rounded, other than `tl.sqrt` of float32."""
     if x.dtype == tl.float64:

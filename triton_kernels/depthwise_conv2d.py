@@ -1,10 +1,12 @@
 """Depthwise convolution, forward and backward.
 
-A program takes ``ROWS`` output rows × ``BLOCK_W`` columns × ``BLOCK_C`` channels of an image. For each column of the
-filter it loads the input rows that its output rows need, one after another, and adds each to all sums that it belongs
-to: of a K×K filter, R rows of outputs load (R + K - 1)·K tiles instead of R·K·K. The sums stay in registers, in
-float32 (float64 for float64). Channels are the tile's inner dimension where they lie together in memory
-(channels_last), columns are where those do (contiguous); the compiler makes a kernel of each.
+A thread computes a patch of ``ROWS`` × ``COLUMNS`` outputs. It goes through the columns of inputs that the patch needs,
+loads those of a column, each once, and adds them to all sums that they belong to: of a K×K filter of stride 1, a patch
+of R × C loads (R + K - 1)·(C + K - 1) inputs instead of R·C·K·K. What takes the time is not only memory: loads,
+predicates, addresses, and conversions are instructions as well. The sums stay in registers, in float32 (float64 for
+float64). A program takes ``PATCHES`` patches × ``BLOCK_C`` channels. Channels are the tile's inner dimension where they
+lie together in memory (channels_last), columns are where those do (contiguous); the compiler makes a kernel of each.
+The filter's strides are constants, as they belong to the layer: that saves registers, and loads of a tap twice.
 
 The gradients of input and weight share one kernel. With stride S, input pixels fall into S·S classes by what is left of
 their coordinates, and those of a class meet the same taps of the filter: for them the gradient is a convolution of
@@ -26,9 +28,11 @@ from .common import (
     multiples,
     on_device,
     output_format,
+    patch_pointers,
     row_pointers,
     strides,
     vector_of,
+    within,
 )
 from .tiles import chip_of, depthwise_backward_tile, depthwise_tile
 
@@ -37,6 +41,13 @@ from .tiles import chip_of, depthwise_backward_tile, depthwise_tile
 def reaches(dy, rows, stride, dilation, taps):
     """Whether the input row ``dy`` rows below an output's first meets a tap of one of so many output rows."""
     return any(row * stride + ky * dilation == dy for row in range(rows) for ky in range(taps))
+
+
+@triton.constexpr_function
+def tap_of(distance, index, stride, dilation, taps):
+    """The tap of output ``index`` that an input so far from the first output's first meets, or -1."""
+    tap, rest = divmod(distance - index * stride, dilation)
+    return tap if rest == 0 and 0 <= tap < taps else -1
 
 
 @triton.constexpr_function
@@ -72,9 +83,9 @@ def _forward(
     y_channel_stride,
     y_row_stride,
     y_column_stride,
-    weight_channel_stride,
-    weight_row_stride,
-    weight_column_stride,
+    WEIGHT_CHANNEL_STRIDE: tl.constexpr,
+    WEIGHT_ROW_STRIDE: tl.constexpr,
+    WEIGHT_COLUMN_STRIDE: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -88,7 +99,8 @@ def _forward(
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PATCHES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     ACC: tl.constexpr = accumulator(y_ptr.dtype.element_ty)
@@ -102,59 +114,81 @@ def _forward(
         out_width = multiple(out_width, VECTOR)
 
     channel_blocks = tl.cdiv(out_channels, BLOCK_C)
-    column_blocks = tl.cdiv(out_width, BLOCK_W)
     strips = tl.cdiv(out_height, ROWS)
+    if CHANNELS_LAST:  # patches are numbered through all strips
+        column_blocks = tl.cdiv(out_width, COLUMNS)
+        parts = tl.cdiv(strips * column_blocks, PATCHES)
+    else:  # vectors of columns want to stay in a row
+        column_blocks = tl.cdiv(out_width, PATCHES * COLUMNS)
+        parts = strips * column_blocks
     program = tl.program_id(0)
     channel = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     program //= channel_blocks
-    part = program % (column_blocks * strips)
-    column = part % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
-    first_row = part // column_blocks * ROWS
-    image = tl.cast(program // (column_blocks * strips), tl.int64)
+    part = program % parts
+    image = tl.cast(program // parts, tl.int64)
+    if CHANNELS_LAST:
+        patch = part * PATCHES + tl.arange(0, PATCHES)
+        row = patch // column_blocks * ROWS
+        column = patch % column_blocks * COLUMNS
+    else:
+        row = tl.full([PATCHES], part // column_blocks * ROWS, tl.int32)
+        column = (part % column_blocks * PATCHES + tl.arange(0, PATCHES)) * COLUMNS
     channels_here = channel < out_channels
-    here = (column < out_width)[:, None] & channels_here[None, :]
 
-    x_channel = channel // MULTIPLIER
-    filter_ptr = weight_ptr + channel * weight_channel_stride
+    # Sums begin with the bias, unless they are scaled first.
+    start = tl.zeros([PATCHES, BLOCK_C], ACC)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
+        if scale_ptr is None:
+            start += bias
     totals = ()
-    for _ in tl.static_range(ROWS):
-        totals += (tl.zeros([BLOCK_W, BLOCK_C], ACC),)
-    for kx in tl.static_range(KERNEL_W):
-        taps = ()
-        for ky in tl.static_range(KERNEL_H):
-            tap = tl.load(filter_ptr + ky * weight_row_stride + kx * weight_column_stride, channels_here, 0.0)
-            taps += (tap.to(ACC)[None, :],)
-        x_column = column * STRIDE_W + (kx * DILATION_W - PADDING_W)
-        columns_inside = here & ((x_column >= 0) & (x_column < width))[:, None]
-        for dy in tl.static_range((ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1):
-            if reaches(dy, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
-                x_row = first_row * STRIDE_H + (dy - PADDING_H)
-                inside = columns_inside & (x_row >= 0) & (x_row < height)
-                pointers = row_pointers(
-                    x_ptr, x_strides, x_row_stride, image, x_row, x_column, x_channel, CHANNELS_LAST
-                )
-                x = tl.load(pointers, inside, 0.0).to(ACC)
-                for row in tl.static_range(ROWS):
+    for _ in tl.static_range(ROWS * COLUMNS):
+        totals += (start,)
+    x_row = row * STRIDE_H - PADDING_H
+    x_column = column * STRIDE_W - PADDING_W
+    x_channel = channel // MULTIPLIER
+    first = patch_pointers(x_ptr, x_strides, x_row_stride, image, x_row, x_column, x_channel, CHANNELS_LAST)
+    filter_ptr = weight_ptr + channel * WEIGHT_CHANNEL_STRIDE
+    for dx in tl.static_range((COLUMNS - 1) * STRIDE_W + (KERNEL_W - 1) * DILATION_W + 1):
+        if reaches(dx, COLUMNS, STRIDE_W, DILATION_W, KERNEL_W):
+            columns_inside = within(x_column + dx, width)
+            xs = ()
+            for dy in tl.static_range((ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1):
+                x = None
+                if reaches(dy, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
+                    inside = columns_inside & within(x_row + dy, height)
+                    inside = inside[:, None] & channels_here[None, :]
+                    pointers = first + (tl.cast(dy, tl.int64) * x_row_stride + dx * x_strides[1])
+                    x = tl.load(pointers, inside, 0.0).to(ACC)
+                xs += (x,)
+            for j in tl.static_range(COLUMNS):
+                if tap_of(dx, j, STRIDE_W, DILATION_W, KERNEL_W) >= 0:
+                    tap_ptr = filter_ptr + tap_of(dx, j, STRIDE_W, DILATION_W, KERNEL_W) * WEIGHT_COLUMN_STRIDE
                     for ky in tl.static_range(KERNEL_H):
-                        if row * STRIDE_H + ky * DILATION_H == dy:
-                            totals = add_to(totals, row, x * taps[ky])
+                        tap = tl.load(tap_ptr + ky * WEIGHT_ROW_STRIDE, channels_here, 0.0).to(ACC)[None, :]
+                        for i in tl.static_range(ROWS):
+                            totals = add_to(totals, i * COLUMNS + j, xs[i * STRIDE_H + ky * DILATION_H] * tap)
 
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
+    first = patch_pointers(y_ptr, y_strides, y_row_stride, image, row, column, channel, CHANNELS_LAST)
     sums = tl.zeros([BLOCK_C], ACC)
-    for row in tl.static_range(ROWS):
-        y = totals[row]
-        if scale_ptr is not None:
-            y *= tl.load(scale_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
-        y = activate(y, ACTIVATION)
-        y_row = first_row + row
-        inside = here & (y_row < out_height)
-        pointers = row_pointers(y_ptr, y_strides, y_row_stride, image, y_row, column, channel, CHANNELS_LAST)
-        tl.store(pointers, y.to(y_ptr.dtype.element_ty), inside)
-        if sums_ptr is not None:
-            sums += tl.sum(tl.where(inside, y, 0.0), 0)
+    for j in tl.static_range(COLUMNS):
+        columns_here = column + j < out_width
+        for i in tl.static_range(ROWS):
+            y = totals[i * COLUMNS + j]
+            if scale_ptr is not None:
+                y *= scale
+                if bias_ptr is not None:
+                    y += bias
+            y = activate(y, ACTIVATION)
+            here = (columns_here & (row + i < out_height))[:, None] & channels_here[None, :]
+            pointers = first + (tl.cast(i, tl.int64) * y_row_stride + j * y_strides[1])
+            tl.store(pointers, y.to(y_ptr.dtype.element_ty), here)
+            if sums_ptr is not None:
+                sums += tl.sum(tl.where(here, y, 0.0), 0)
     if sums_ptr is not None:
-        sums_ptr += (image * (column_blocks * strips) + part) * out_channels
+        sums_ptr += (image * parts + part) * out_channels
         tl.store(sums_ptr + channel, sums, channels_here)
 
 
@@ -338,12 +372,11 @@ def depthwise_conv2d(
     input = arrange(input, channels_last)
     _, out_channels, out_h, out_w = out.shape
     tile = depthwise_tile(channels_last, input.element_size(), out.shape, (kernel_h, kernel_w), stride)
-    parts = tile.strips(out_h) * tile.blocks(out_w)
     sums = None
     if with_sums:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        sums = torch.empty((batch, parts, out_channels), dtype=dtype, device=input.device)
-    grid = batch * parts * triton.cdiv(out_channels, tile.channels)
+        sums = torch.empty((batch, tile.parts, out_channels), dtype=dtype, device=input.device)
+    grid = batch * tile.parts * triton.cdiv(out_channels, tile.channels)
     if grid:
         with on_device(input):
             _forward[(grid,)](
@@ -365,7 +398,8 @@ def depthwise_conv2d(
                 CHANNELS_LAST=channels_last,
                 VECTOR=vector_of(channels_last, input, out),
                 ROWS=tile.rows,
-                BLOCK_W=tile.columns,
+                COLUMNS=tile.columns,
+                PATCHES=tile.patches,
                 BLOCK_C=tile.channels,
                 num_warps=tile.warps,
             )
