@@ -67,7 +67,9 @@ def parse(arguments):
     parser.add_argument(
         "--batch", nargs="+", type=positive, help="default: 1; with --device cuda 1 32 256 for models, 32 for layers"
     )
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="cuda: default fp16")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="cuda: default fp16 bf16 fp32 for models, fp16 for others"
+    )
     parser.add_argument(
         "--direction", nargs="+", choices=DIRECTIONS, help="cuda: with which gradients; default all that a case has"
     )
@@ -103,7 +105,7 @@ def parse(arguments):
     if options.device == "cuda":
         options.threads = counts[-1:]  # of the host, which only starts kernels
         options.batch = options.batch or CUDA_BATCHES[options.suite]
-        options.dtype = options.dtype or ["fp16"]
+        options.dtype = options.dtype or (["fp16", "bf16", "fp32"] if options.suite == "models" else ["fp16"])
         options.direction = options.direction or list(DIRECTIONS)
     options.threads = options.threads or counts
     options.batch = options.batch or [1]

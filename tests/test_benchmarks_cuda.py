@@ -315,9 +315,11 @@ def test_large_layers_have_a_batch_and_dtype_of_their_own():
 
 def test_options_of_a_gpu(capsys):
     options = command.parse(["models", "--device", "cuda"])
-    assert (options.batch, options.dtype) == ([1, 32, 256], ["fp16"])
+    assert (options.batch, options.dtype) == ([1, 32, 256], ["fp16", "bf16", "fp32"])
     runs = command.runs_of(options, [CASES["models", "mobilenet_v2"]])
-    assert [setting.label for _, setting in runs] == [f"fp16 · batch {n} · forward" for n in (1, 32, 256)]
+    assert [setting.label for _, setting in runs] == [
+        f"{dtype} · batch {n} · forward" for dtype in options.dtype for n in options.batch
+    ]
     assert command.parse(["layers", "--device", "cuda"]).batch == [32] and command.parse(["layers"]).batch == [1]
     for arguments, said in (
         (["--dtype", "fp16"], "--device cpu takes no --dtype"),

@@ -299,8 +299,50 @@ def every_kernel():
     layer = fast.ConvNormAct(13, 13, groups=13).to(DEVICE).eval()
     with torch.no_grad():
         assert layer(torch.randn(2, 13, 7, 9, device=DEVICE)).isfinite().all()
+    from mobilenet_fast import triton_kernels
+
+    calls = steps_of_networks(triton_kernels)
+    of_operators = {*OPERATIONS, "squeeze_excite_gate", "depthwise_conv2d_backward", "batch_norm_act_backward"}
+    assert set(triton_kernels.__all__) <= set(calls) | of_operators
+    for name, call in calls.items():
+        results = call()
+        for result in results if isinstance(results, tuple) else [results]:
+            assert result.isfinite().all(), name
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+def steps_of_networks(kernels):
+    """Calls of what operators do not use."""
+
+    def made(*shape):
+        return torch.rand(shape, device=DEVICE).contiguous(
+            memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        )
+
+    x, gate, vector = made(2, 13, 7, 9), made(2, 13, 1, 1), made(13)
+    pointwise, depthwise, dense = made(13, 13, 1, 1), made(13, 1, 3, 3), made(13, 13, 3, 3)
+    window, same = ((1, 1), (1, 1), (1, 1)), torch.empty_like
+    return {
+        "batch_norm_act_training": lambda: kernels.batch_norm_act_training(
+            x, made(13), made(13), vector, vector, 0.1, 1e-3, "silu"
+        ),
+        "sums": lambda: kernels.depthwise_conv2d(x, depthwise, vector, *window, with_sums=True),
+        "multiplier": lambda: kernels.depthwise_conv2d(x, made(26, 1, 3, 3), None, *window),
+        "gated": lambda: kernels.pointwise_conv2d(x, pointwise, vector, "relu6", gate, x),
+        "sum_pixels": lambda: kernels.sum_pixels(x),
+        "mean_of_sums": lambda: kernels.mean_of_sums(kernels.sum_pixels(x), 63, out=same(gate)),
+        "global_avg_pool": lambda: kernels.global_avg_pool(x, out=same(gate)),
+        "epilogue": lambda: kernels.epilogue(x, vector, x, gate, "hardswish"),
+        "pool2d": lambda: kernels.pool2d(x, (3, 3), (2, 2), (1, 1), out=made(2, 13, 4, 5)),
+        "pack_conv2d": lambda: kernels.pack_conv2d(dense),
+        "conv2d": lambda: kernels.conv2d(
+            x, kernels.pack_conv2d(dense), vector, (3, 3), *window, "relu", x, out=same(x)
+        ),
+        "inverted_residual": lambda: kernels.inverted_residual(
+            x, (pointwise, vector), (depthwise, vector), (pointwise, vector), *window, ("relu6",) * 3, x, out=same(x)
+        ),
+    }
 
 
 def test_every_kernel():

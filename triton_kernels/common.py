@@ -164,4 +164,4 @@ def arrange_pixels(tensor: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 def float32_precision() -> str:
     """How `tl.dot` multiplies float32: rounded to TF32 where PyTorch's own convolutions may, else as in float32."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"

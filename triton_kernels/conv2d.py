@@ -170,7 +170,7 @@ def conv2d(
 ) -> torch.Tensor:
     """``activation(F.conv2d(input, weight, bias, stride, padding, dilation) + residual)``.
 
-    Products of float32 are as exact as torch.backends.cudnn.allow_tf32 asks for.
+    Products of float32 are as exact as torch.backends.cudnn.conv.fp32_precision asks for.
 
     Args:
         input: (N, C, H, W), of any strides.

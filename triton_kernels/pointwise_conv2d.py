@@ -134,7 +134,7 @@ def pointwise_conv2d(
 ) -> torch.Tensor:
     """`mobilenet_fast.reference.pointwise_conv2d`, whose checks its arguments have passed.
 
-    Products of float32 are as exact as torch.backends.cudnn.allow_tf32 asks for. ``out``: where to write.
+    Products of float32 are as exact as torch.backends.cudnn.conv.fp32_precision asks for. ``out``: where to write.
     """
     batch, channels, height, width = input.shape
     out_channels = weight.shape[0]
