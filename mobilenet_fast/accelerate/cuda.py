@@ -201,8 +201,8 @@ class _Recorded:
 
     def __init__(self, plan: CudaPlan, tensors: list[Tensor]):
         shared = plan.weights
-        if shared.pool is None:
-            shared.pool, shared.done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
+        shared.pool = shared.pool or torch.cuda.graph_pool_handle()
+        shared.done = shared.done or torch.cuda.Event()
         side = torch.cuda.Stream()
         self.graph = torch.cuda.CUDAGraph()
         options = {"pool": shared.pool, "stream": side, "capture_error_mode": "thread_local"}
