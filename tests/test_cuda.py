@@ -19,7 +19,7 @@ from mobilenet_fast import cuda, functional, reference
 from mobilenet_fast import nn as fast
 
 if cuda.INTERPRETED:
-    from test_triton_kernels import bfloat16_products  # noqa: F401
+    from test_triton_kernels import bfloat16_arithmetic  # noqa: F401
 
 DEVICE = "cpu" if cuda.INTERPRETED else "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -35,12 +35,20 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 @pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch):
-    """The interpreter keeps bfloat16 as integers, and multiplies these."""
+def bfloat16_arithmetic(monkeypatch):
+    """The interpreter keeps bfloat16 as integers, multiplies these, and cuts off what a GPU rounds."""
     if not INTERPRETED:
         return
-    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
-    product = builder.create_dot
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    product, convert = builder.create_dot, interpreter._convert_float
+
+    def rounded(input, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(input, source, target, mode)
+        return torch.from_numpy(input.copy()).bfloat16().view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
     def widened(self, handle):
         return self.create_fp_ext(handle, tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle

@@ -35,7 +35,7 @@ if not cuda.INTERPRETED:
 pytest.importorskip("triton")
 
 from test_opcheck import OPTIONAL, leaves, require_gradients  # noqa: E402
-from test_triton_kernels import DTYPES, bfloat16_products, exact_products  # noqa: E402, F401
+from test_triton_kernels import DTYPES, bfloat16_arithmetic, exact_products  # noqa: E402, F401
 
 HALF = (torch.float16, torch.bfloat16)
 
