@@ -87,14 +87,16 @@ def depthwise_tile(
     """Patches of 4 × 2 outputs: of a 3×3 filter of stride 1 they load, and convert, 3 inputs an output instead of 9.
 
     A 5×5 filter of stride 1 has the most instructions for what it moves, and takes 7 × 2: 4.7 inputs an output instead
-    of 25, and nothing left over on maps of 7, 14, 28 and so on. A thread has 16 bytes of each pixel where filter and
-    stride are small, else 4 channels: the inputs of a patch's column and the taps take the registers. Of contiguous
-    images it has 4 columns, or 2 of other types than float32, whose neighbours are loaded one by one, of 7 rows: with
-    4 of float16 the compiler would rather spill than take the registers.
+    of 25, and nothing left over on maps of 7, 14, 28 and so on. Of stride 2 it takes 2 × 2: with more rows it spills. A
+    thread has 16 bytes of each pixel where filter and stride are small, else 4 channels: the inputs of a patch's column
+    and the taps take the registers. Of contiguous images it has 4 columns, or 2 of other types than float32, whose
+    neighbours are loaded one by one, of 7 rows: with 4 of float16 the compiler would rather spill than take the
+    registers.
     """
     _, channels, height, width = out_shape
     tall = stride == (1, 1) and (not channels_last or (3 < max(kernel) <= 5 and itemsize < 8))
-    rows = _even(height, 7 if tall else 4)
+    large_and_apart = channels_last and max(kernel) > 3 and stride != (1, 1)
+    rows = _even(height, 7 if tall else 2 if large_and_apart else 4)
     strips = -(-height // rows)
     if channels_last:
         elements = min(8 if stride == (1, 1) and max(kernel) <= 3 else 4, 16 // itemsize)
