@@ -54,6 +54,8 @@ class Resources:
     warps: int
     load_bytes: int
     store_bytes: int
+    instructions: int
+    """In the program's code, which a program without loops issues once each."""
 
     def resident_warps(self, capability: int) -> int:
         """Warps of such programs that a multiprocessor holds, which has 64 Ki registers and room for 64 warps."""
@@ -104,8 +106,11 @@ def compile_for(launch: Launch, capability: int) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+        usage, code = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
     registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
     ptx = compiled.asm["ptx"]
     return Resources(
@@ -115,6 +120,7 @@ def compile_for(launch: Launch, capability: int) -> Resources:
         compiled.metadata.num_warps,
         _widest(ptx, "ld"),
         _widest(ptx, "st"),
+        len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?[A-Z]", code, re.MULTILINE)),
     )
 
 
@@ -207,6 +213,8 @@ def layers(dtype: torch.dtype, channels_last: bool, full: bool = True) -> Iterat
             lambda a=(x, (k, k), (s, s), (s % 2, s % 2), (1, 1), mean), y=y: triton_kernels.pool2d(*a, out=y),
         )
     if channels_last:
+        v = vector(72, wide=True)
+        yield "72", lambda v=v: triton_kernels.fold_batch_norm(v, v, v, v, 1e-3)
         for c, e, k, size, kernel, s in ((16, 64, 24, 112, 3, 2), (24, 72, 24, 56, 3, 1), (40, 120, 40, 28, 5, 1)):
             if not full and c != 24:
                 continue
@@ -309,6 +317,35 @@ def _cell(resources: Resources, capability: int) -> str:
     return f"{resources.registers} · {resources.shared_bytes} · {resources.resident_warps(capability)}{spilled}"
 
 
+def depthwise_instructions() -> str:
+    """Of depthwise layers as `accelerate` runs them, for sm_90: instructions an output element, and registers.
+
+    Channels_last, filters and bias in float32, no activation.
+    """
+    dtypes = torch.float16, torch.float32
+    lines = ["| layer, channels_last | float16 | float32 |", "|---|---|---|"]
+    for c, size, k, s in (
+        *((16, 112, 3, 1), (64, 112, 3, 2), (72, 56, 5, 2), (672, 14, 5, 1)),
+        *((960, 7, 5, 1), (96, 56, 7, 1)),
+    ):
+        cells = []
+        for dtype in dtypes:
+            x, y = (
+                torch.empty(32, c, n, n, dtype=dtype, device="meta", memory_format=torch.channels_last)
+                for n in (size, -(-size // s))
+            )
+            filters = torch.empty(k, k, c, 1, device="meta").permute(2, 3, 0, 1)
+            arguments = x, filters, torch.empty(c, device="meta"), (s, s), (k // 2, k // 2)
+            (launch,) = record(lambda a=arguments, y=y: triton_kernels.depthwise_conv2d(*a, out=y), 90)
+            a, found = launch.arguments, compile_for(launch, 90)
+            outputs = a["ROWS"] * a["COLUMNS"] * a["PATCHES"] * a["BLOCK_C"] / (32 * found.warps)
+            spilled = f", {found.spilled_bytes} bytes spilled" if found.spilled_bytes else ""
+            cells.append(f"{found.instructions / outputs:.1f}, {found.registers}{spilled}")
+        apart = f", stride {s}" if s > 1 else ""
+        lines.append(f"| {c} × {size}², {k} × {k}{apart} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, nargs="*", default=list(CHIPS), choices=list(CHIPS))
@@ -316,7 +353,11 @@ def main() -> None:
     parser.add_argument("--kernels", default="", help="only those whose names this regular expression finds")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("docs/triton.md"))
+    parser.add_argument("--instructions", action="store_true", help="print those of depthwise layers, and end")
     options = parser.parse_args()
+    if options.instructions:
+        print(depthwise_instructions())
+        return
     table = list(rows(options.dtype, options.capability, options.kernels))
     compiled = compile_all(table, options.processes)
     options.output.write_text(page(table, compiled, options.capability))

@@ -182,9 +182,7 @@ def batch_norm_act_backward(
 
 def fold_batch_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """The factor and the term, (2, C), that an evaluated batch norm is; in float32 (float64 for float64)."""
-    from .triton_kernels.fold_batch_norm import fold_batch_norm
-
-    return fold_batch_norm(*map(_dense, (mean, var, weight, bias)), eps)
+    return _module().fold_batch_norm(*map(_dense, (mean, var, weight, bias)), eps)
 
 
 def empty_conv_output(input: Tensor, weight: Tensor, size: tuple) -> Tensor:

@@ -335,6 +335,7 @@ def steps_of_networks(kernels):
         "global_avg_pool": lambda: kernels.global_avg_pool(x, out=same(gate)),
         "epilogue": lambda: kernels.epilogue(x, vector, x, gate, "hardswish"),
         "pool2d": lambda: kernels.pool2d(x, (3, 3), (2, 2), (1, 1), out=made(2, 13, 4, 5)),
+        "fold_batch_norm": lambda: kernels.fold_batch_norm(vector, vector, vector, vector, 1e-3),
         "pack_conv2d": lambda: kernels.pack_conv2d(dense),
         "conv2d": lambda: kernels.conv2d(
             x, kernels.pack_conv2d(dense), vector, (3, 3), *window, "relu", x, out=same(x)

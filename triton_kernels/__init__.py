@@ -10,6 +10,7 @@ from .batch_norm_act import batch_norm_act, batch_norm_act_backward, batch_norm_
 from .conv2d import conv2d, pack_conv2d
 from .depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_backward
 from .epilogue import epilogue
+from .fold_batch_norm import fold_batch_norm
 from .inverted_residual import inverted_residual
 from .pointwise_conv2d import pointwise_conv2d
 from .pool2d import global_avg_pool, mean_of_sums, pool2d, sum_pixels
@@ -23,6 +24,7 @@ __all__ = [
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "epilogue",
+    "fold_batch_norm",
     "global_avg_pool",
     "inverted_residual",
     "mean_of_sums",
