@@ -54,8 +54,8 @@ class Resources:
     warps: int
     load_bytes: int
     store_bytes: int
-    instructions: int
-    """In the program's code, which a program without loops issues once each."""
+    instructions: int | None = None
+    """In the program's code, which a program without loops issues once each; None if they were not counted."""
 
     def resident_warps(self, capability: int) -> int:
         """Warps of such programs that a multiprocessor holds, which has 64 Ki registers and room for 64 warps."""
@@ -99,18 +99,16 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
-def compile_for(launch: Launch, capability: int) -> Resources:
-    """Compiles the launch for chips of this compute capability."""
+def compile_for(launch: Launch, capability: int, *, count: bool = False) -> Resources:
+    """Compiles the launch for chips of this compute capability; ``count``: its instructions, which takes a second."""
     source = ASTSource(launch.kernel, *specialise(launch))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-        usage, code = (
-            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name) if count else ""
     registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
     ptx = compiled.asm["ptx"]
     return Resources(
@@ -120,8 +118,16 @@ def compile_for(launch: Launch, capability: int) -> Resources:
         compiled.metadata.num_warps,
         _widest(ptx, "ld"),
         _widest(ptx, "st"),
-        len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?[A-Z]", code, re.MULTILINE)),
+        _instructions(code) if count else None,
     )
+
+
+def _output(*command: object) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(code: str) -> int:
+    return len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?[A-Z]", code, re.MULTILINE))
 
 
 def _widest(ptx: str, kind: str) -> int:
@@ -337,7 +343,7 @@ def depthwise_instructions() -> str:
             filters = torch.empty(k, k, c, 1, device="meta").permute(2, 3, 0, 1)
             arguments = x, filters, torch.empty(c, device="meta"), (s, s), (k // 2, k // 2)
             (launch,) = record(lambda a=arguments, y=y: triton_kernels.depthwise_conv2d(*a, out=y), 90)
-            a, found = launch.arguments, compile_for(launch, 90)
+            a, found = launch.arguments, compile_for(launch, 90, count=True)
             outputs = a["ROWS"] * a["COLUMNS"] * a["PATCHES"] * a["BLOCK_C"] / (32 * found.warps)
             spilled = f", {found.spilled_bytes} bytes spilled" if found.spilled_bytes else ""
             cells.append(f"{found.instructions / outputs:.1f}, {found.registers}{spilled}")
