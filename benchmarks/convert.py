@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import find_case
-from benchmarks.peers import PEERS
+from benchmarks.peers import CUDA_PEERS, PEERS
 
 
 @torch.no_grad()
 def main():
     suite, case_name, batch, peer_name = sys.argv[1:]
-    case, peer = find_case(suite, case_name), PEERS[peer_name]
+    case, peer = find_case(suite, case_name), (PEERS | CUDA_PEERS)[peer_name]
     problem = case.problem(int(batch))
     target = peer.conversion(case, int(batch))
     if target and not target.exists():

@@ -16,14 +16,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import report
 from benchmarks.cases import Setting, find_case
+from benchmarks.cases.registry import version
 from benchmarks.gauges import ROOT
 from benchmarks.peers import CUDA_PEERS
-from benchmarks.timing import Result, measure
+from benchmarks.timing import Result, convert, measure, start
 
 MODEL = "mobilenet_v3_large"
 EAGER, MAX_AUTOTUNE = "eager channels_last graph", "torch.compile max-autotune"
@@ -88,7 +91,9 @@ def run_tests(name: str, arguments: list[str], seconds: float, out: Path) -> dic
     log = out / f"tests-{name}.txt"
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "--maxfail=25"]
     command += ["--continue-on-collection-errors", *arguments]
-    start = time.monotonic()
+    if version("pytest-xdist"):  # what the compiler does takes longer than what the GPU does
+        command += ["-n", str(min(12, len(os.sched_getaffinity(0)))), "--dist", "loadgroup"]
+    begin = time.monotonic()
     with log.open("w") as file:
         # A session of its own, so that its end is that of its children as well.
         tests = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -108,15 +113,31 @@ def run_tests(name: str, arguments: list[str], seconds: float, out: Path) -> dic
     lines = log.read_text(errors="replace").splitlines()
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR "))]
     # Without a summary, what was printed of each test.
-    failures = failures or [line for line in lines if re.search(r"::\S.* (FAILED|ERROR)\b", line)]
+    failures = failures or [line for line in lines if re.search(r"::\S.* (FAILED|ERROR)\b|\] (FAILED|ERROR) ", line)]
     summary = next(
         (line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error|skipped|deselected)", line)), ""
     )
-    seconds = round(time.monotonic() - start, 1)
+    seconds = round(time.monotonic() - begin, 1)
     return {"name": name, "status": status, "summary": summary.strip("= !"), "seconds": seconds, "failures": failures}
 
 
-def rows_of(step: Step, clock: Clock, rounds: int = 3, seconds: float = 0.1) -> list[Result]:
+def start_all(steps: tuple[Step, ...]) -> dict[Step, dict[str, subprocess.Popen]]:
+    """Every peer's process at once, as most of their time goes into imports. What a step fails by, it says itself."""
+    started: dict[Step, dict[str, subprocess.Popen]] = {}
+    cases = {}
+    for step in steps:
+        with suppress(Exception):
+            cases[step] = find_case(step.suite, step.case)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda case: convert(case, CUDA_PEERS["accelerate"], 1), dict.fromkeys(cases.values())))
+    for step, case in cases.items():
+        started[step] = {name: start(case, CUDA_PEERS[name], step.setting) for name in step.peers}
+    return started
+
+
+def rows_of(
+    step: Step, clock: Clock, started: dict[str, subprocess.Popen], rounds: int = 3, seconds: float = 0.1
+) -> list[Result]:
     """A row a peer, whatever happens."""
     case, peers = None, [CUDA_PEERS[name] for name in step.peers]
     try:
@@ -124,13 +145,16 @@ def rows_of(step: Step, clock: Clock, rounds: int = 3, seconds: float = 0.1) -> 
         limit = min(step.limit, clock.left() / len(peers))
         if limit < 10:
             raise TimeoutError("no time left")
-        return measure(case, peers, step.setting, rounds, seconds, limit)
+        return measure(case, peers, step.setting, rounds, seconds, limit, started)
     except Exception as failure:
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
         return [
             Result(step.suite, step.case, peer.name, ours=peer.ours, failed=reason, **asdict(step.setting))
             for peer in peers
         ]
+    finally:
+        for process in started.values():
+            process.kill()
 
 
 def table(steps: list[list[Result]]) -> str:
@@ -169,7 +193,7 @@ def attempt(call: Callable[[], dict]) -> dict:
         return {"failed": f"{type(failure).__name__}: {failure}".splitlines()[0]}
 
 
-def session(out: Path, seconds: float, steps: tuple[Step, ...] = STEPS) -> Iterator[str]:
+def session(out: Path, seconds: float, steps: tuple[Step, ...] = STEPS, with_tests: bool = True) -> Iterator[str]:
     """Does it all, and gives lines to print."""
     clock = Clock(seconds)
     out.mkdir(parents=True, exist_ok=True)
@@ -177,16 +201,19 @@ def session(out: Path, seconds: float, steps: tuple[Step, ...] = STEPS) -> Itera
     if "failed" in facts:
         facts = {"no_conditions": facts["failed"]}
     tests, results = [], []
+    started = start_all(steps)
     # First what nothing but a GPU can run; then what the interpreter has run as well.
     for name, arguments, share in (
         ("gpu", ["-m", "gpu_alone"], 0.2),
         ("triton", ["-m", "gpu and not gpu_alone"], 0.15),
     ):
+        if not with_tests:
+            break
         tests.append(attempt(lambda n=name, a=arguments, s=share: run_tests(n, a, s * seconds, out)) | {"name": name})
         save(out, facts, tests, results)
         yield f"{name} tests: {tests[-1]}"
     for step in steps:
-        rows = rows_of(step, clock)
+        rows = rows_of(step, clock, started.get(step, {}))
         results.append(rows)
         save(out, facts, tests, [r for rows in results for r in rows])
         yield report.results_table(rows)
@@ -204,6 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=folder, help="folder, by default $OUT or benchmarks/results")
     parser.add_argument("--minutes", type=float, default=7.5, help="in all (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only cases or peers whose name contains a word")
+    parser.add_argument("--skip-tests", action="store_true")
     options = parser.parse_args(arguments)
 
     def wanted(step: Step) -> bool:
@@ -213,7 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not has_gpu():
         sys.exit("benchmarks: gpu_session needs a GPU, torch sees none")
-    for line in session(options.out, 60 * options.minutes, tuple(filter(wanted, STEPS))):
+    steps = tuple(filter(wanted, STEPS))
+    for line in session(options.out, 60 * options.minutes, steps, not options.skip_tests):
         print(line, flush=True)
     return 0
 

@@ -89,22 +89,37 @@ def convert(case: Case, peer: Peer, batch: int) -> str | None:
     return f"conversion: {lines[-1]}"
 
 
-class Worker:
-    """A peer's process. ``limit``: after how many seconds without an answer it is ended; None waits for ever."""
+def start(case: Case, peer: Peer, setting: Setting) -> subprocess.Popen:
+    """A peer's process, which imports what it needs and then waits to be asked."""
+    arguments = [case.suite, case.name, peer.name, json.dumps(asdict(setting))]
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.worker", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if verbose() else subprocess.DEVNULL,
+        text=True,
+        env=environment(setting.threads),
+        cwd=ROOT,
+    )
 
-    def __init__(self, case: Case, peer: Peer, setting: Setting, limit: float | None = None):
+
+class Worker:
+    """A peer that gets ready in a process of its own, which may have been started before.
+
+    ``limit``: after how many seconds without an answer it is ended; None waits for ever.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        peer: Peer,
+        setting: Setting,
+        limit: float | None = None,
+        process: subprocess.Popen | None = None,
+    ):
         self.peer, self.limit = peer, limit
-        arguments = [case.suite, case.name, peer.name, json.dumps(asdict(setting))]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if verbose() else subprocess.DEVNULL,
-            text=True,
-            env=environment(setting.threads),
-            cwd=ROOT,
-        )
-        self.facts = self.answer()
+        self.process = process or start(case, peer, setting)
+        self.facts = self.ask(prepare=True)
 
     def answer(self) -> dict:
         # It answers line by line, so that none can be left in the buffer of what is waited for.
@@ -133,7 +148,7 @@ class Worker:
 SPARE = 0.1
 
 
-def prepare(case: Case, peers: list[Peer], setting: Setting, limit, results: dict[str, Result]):
+def prepare(case: Case, peers: list[Peer], setting: Setting, limit, results: dict[str, Result], started: dict):
     """Workers of as many of the peers as the device's memory holds together, and the peers that are left."""
     ready: list[Worker] = []
     largest = 0.0
@@ -147,7 +162,7 @@ def prepare(case: Case, peers: list[Peer], setting: Setting, limit, results: dic
         if failure := convert(case, peer, setting.batch if setting.device == "cpu" else 1):
             result.failed = failure
             continue
-        worker = Worker(case, peer, setting, limit)
+        worker = Worker(case, peer, setting, limit, *([started.pop(peer.name)] if peer.name in started else []))
         facts = worker.facts
         if facts.get("out_of_memory") and ready:
             worker.close()
@@ -169,14 +184,23 @@ def prepare(case: Case, peers: list[Peer], setting: Setting, limit, results: dic
 
 
 def measure(
-    case: Case, peers: list[Peer], setting: Setting, rounds: int, seconds: float, limit: float | None = None
+    case: Case,
+    peers: list[Peer],
+    setting: Setting,
+    rounds: int,
+    seconds: float,
+    limit: float | None = None,
+    started: dict[str, subprocess.Popen] | None = None,
 ) -> list[Result]:
-    """A row a peer. ``seconds`` are those of a turn, ``limit`` those that a peer may take until it is ready."""
+    """A row a peer. ``seconds`` are those of a turn, ``limit`` those that a peer may take until it is ready.
+
+    ``started``: processes of peers that wait to be asked, by the peers' names; those that are used are taken out.
+    """
     results: dict[str, Result] = {}
     gauge = gauge_of(setting)
     left, group = list(peers), 0
     while left:
-        ready, left = prepare(case, left, setting, limit, results)
+        ready, left = prepare(case, left, setting, limit, results, {} if started is None else started)
         if not ready:
             continue
         group += 1

@@ -110,6 +110,8 @@ def main():
     case, peer = find_case(suite, case_name), peers_of(setting.device)[peer_name]
     # no_grad, not inference_mode: freezing asks for the former, and all are to run under the same.
     with torch.no_grad():
+        if not sys.stdin.readline():  # the word to begin
+            return None
         try:
             session = Session(case, peer, setting, device_for(setting, suite))
         except Unsupported as reason:

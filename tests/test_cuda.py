@@ -354,18 +354,12 @@ def test_every_kernel():
 
 
 @needs_gpu
+@pytest.mark.xdist_group("all of the memory")
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_more_elements_than_32_bits_count(operation, layout):
     """The last image, whose elements lie beyond 2**31, comes out as it does alone."""
-    channels, size = 32, 1024
-    images = 2**31 // (channels * size * size) + 2
-    bytes_needed = 2 * 2 * images * channels * size * size
-    if torch.cuda.mem_get_info()[0] < bytes_needed * 1.5:
-        pytest.skip(f"needs {bytes_needed * 1.5 / 2**30:.0f} GiB of GPU memory")
-    x = torch.empty((images, channels, size, size), dtype=torch.float16, device=DEVICE, memory_format=layout)
-    x.normal_()
-    assert x.numel() > 2**31
+    x, channels = large(layout), 32
     parameters = {
         "depthwise_conv2d": (operand((channels, 1, 3, 3), dtype=x.dtype), None, 1, 1),
         "pointwise_conv2d": (operand((channels, channels, 1, 1), dtype=x.dtype),),
@@ -381,21 +375,94 @@ def test_more_elements_than_32_bits_count(operation, layout):
         torch.testing.assert_close(actual, call(x[-1:].clone(memory_format=torch.preserve_format), *parameters))
 
 
-@needs_gpu
-def test_gradients_of_more_elements_than_32_bits_count():
+def large(layout, count=1):
+    """An image of more elements than 32 bits count, where there is memory for ``count`` more of them."""
     channels, size = 32, 1024
     images = 2**31 // (channels * size * size) + 2
-    bytes_needed = 3 * 2 * images * channels * size * size
-    if torch.cuda.mem_get_info()[0] < bytes_needed * 1.5:
-        pytest.skip(f"needs {bytes_needed * 1.5 / 2**30:.0f} GiB of GPU memory")
-    x = torch.empty((images, channels, size, size), dtype=torch.float16, device=DEVICE).normal_().requires_grad_()
-    weight = operand((channels, 1, 3, 3), dtype=x.dtype).to(DEVICE)
+    bytes_needed = (1 + count) * 2 * images * channels * size * size
+    if torch.cuda.mem_get_info()[0] < bytes_needed * 1.3:
+        pytest.skip(f"needs {bytes_needed * 1.3 / 2**30:.0f} GiB of GPU memory")
+    x = torch.empty((images, channels, size, size), dtype=torch.float16, device=DEVICE, memory_format=layout)
+    assert x.numel() > 2**31
+    return x.normal_()
+
+
+@needs_gpu
+@pytest.mark.xdist_group("all of the memory")
+@pytest.mark.parametrize("operation", ("depthwise_conv2d", "batch_norm_act"))
+def test_gradients_of_more_elements_than_32_bits_count(operation):
+    x = large(torch.contiguous_format, count=3).requires_grad_()
+    weight = operand((32, 1, 3, 3), dtype=x.dtype).to(DEVICE)
+    mean, variance = vector(32).to(DEVICE), vector(32, positive=True).to(DEVICE)
     grads = []
     for part in (x, x[-1:].detach().clone().requires_grad_()):
-        output = functional.depthwise_conv2d(part, weight, padding=1)
+        if operation == "depthwise_conv2d":
+            output = functional.depthwise_conv2d(part, weight, padding=1)
+        else:
+            output = functional.batch_norm_act(part, mean, variance, activation="silu")
         (grad,) = torch.autograd.grad(output, part, torch.ones((), dtype=x.dtype, device=DEVICE).expand_as(output))
         grads.append(grad[-1:])
     torch.testing.assert_close(*grads)
+
+
+@needs_gpu
+@pytest.mark.xdist_group("all of the memory")
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("name", ("epilogue", "pool2d", "conv2d", "sum_pixels"))
+def test_steps_of_more_elements_than_32_bits_count(name, layout):
+    """As `test_more_elements_than_32_bits_count`, of what operators do not use."""
+    from mobilenet_fast import triton_kernels as kernels
+
+    x, window = large(layout), ((1, 1), (1, 1), (1, 1))
+    weight = operand((32, 32, 3, 3), dtype=x.dtype).to(DEVICE)
+    call = {
+        "epilogue": lambda x: kernels.epilogue(x, vector(32).to(DEVICE), None, None, "hardswish"),
+        "pool2d": lambda x: kernels.pool2d(x, (3, 3), (1, 1), (1, 1), out=torch.empty_like(x)),
+        "conv2d": lambda x: kernels.conv2d(
+            x, kernels.pack_conv2d(weight), None, (3, 3), *window, "relu", out=torch.empty_like(x)
+        ),
+        "sum_pixels": lambda x: kernels.sum_pixels(x).sum(1),
+    }[name]
+    # A million normal numbers sum up to some thousand, in an order that follows from the number of images.
+    tolerance = {"rtol": 1e-5, "atol": 0.05} if name == "sum_pixels" else {}
+    torch.testing.assert_close(call(x)[-1:], call(x[-1:].clone(memory_format=layout)), **tolerance)
+
+
+@needs_gpu
+@pytest.mark.xdist_group("all of the memory")
+def test_fused_blocks_of_more_elements_than_32_bits_count():
+    from mobilenet_fast import triton_kernels as kernels
+
+    x = large(torch.channels_last, count=2)
+    weight, depthwise = (operand(shape, dtype=x.dtype).to(DEVICE) for shape in ((32, 32, 1, 1), (32, 1, 3, 3)))
+    layers = ((weight, vector(32).to(DEVICE)), (depthwise, vector(32).to(DEVICE)), (weight, vector(32).to(DEVICE)))
+    window = ((1, 1), (1, 1), (1, 1))
+
+    def call(x):
+        return kernels.inverted_residual(x, *layers, *window, ("relu6",) * 3, x, out=torch.empty_like(x))
+
+    torch.testing.assert_close(call(x)[-1:], call(x[-1:].clone(memory_format=torch.channels_last)))
+
+
+@needs_gpu
+def test_a_stem_of_a_huge_transposed_view():
+    """Columns lie so far apart that 32 bits do not count how far."""
+    from mobilenet_fast import triton_kernels as kernels
+
+    columns, rows = 3000, 2**20
+    if torch.cuda.mem_get_info()[0] < 1.3 * 2 * columns * rows:
+        pytest.skip("needs 8 GiB of GPU memory")
+    x = torch.zeros((1, 1, columns, rows), dtype=torch.float16, device=DEVICE).transpose(2, 3)[:, :, :5]
+    x.normal_()
+    weight = operand((4, 1, 3, 3), dtype=x.dtype).to(DEVICE)
+
+    def call(x):
+        out = torch.empty((1, 4, *x.shape[2:]), dtype=x.dtype, device=DEVICE, memory_format=torch.channels_last)
+        return kernels.conv2d(
+            x, kernels.pack_conv2d(weight), None, (3, 3), (1, 1), (1, 1), (1, 1), "none", out=out
+        )
+
+    torch.testing.assert_close(call(x), call(x.contiguous()))
 
 
 # Layers
@@ -502,6 +569,17 @@ def test_export_sees_plain_pytorch():
         torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
+def accelerated_block():
+    from mobilenet_fast import accelerate
+
+    layer, x = block(), operand((2, 16, 29, 31)).to(DEVICE)
+    accelerated = accelerate(layer, (x,))
+    with torch.no_grad():
+        for _ in range(20):
+            torch.testing.assert_close(accelerated(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
 if __name__ == "__main__":
     torch.backends.cudnn.allow_tf32 = False
     every_kernel()
+    accelerated_block()

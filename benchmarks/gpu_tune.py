@@ -1,0 +1,400 @@
+"""Which tiles and which fused blocks are fastest on this GPU: ``python -m benchmarks.gpu_tune mobilenet_v3_large``.
+
+Each step of the network's plan is timed on its own inputs, with the tile that `tiles.py` chooses and with its
+neighbours; then every block of the network in each way of fusing it. Kernels are compiled first, by as many processes
+as there are cores, for which no GPU is asked (``--compile`` stops there).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.cases import DTYPES
+from benchmarks.gauges import ROOT
+from benchmarks.predict import MODELS
+from mobilenet_fast import models
+from mobilenet_fast.accelerate import cuda
+from mobilenet_fast.accelerate.capture import Capture
+from mobilenet_fast.accelerate.passes import optimise
+from mobilenet_fast.triton_kernels import conv2d, depthwise_conv2d, inverted_residual, pointwise_conv2d, tiles
+
+Nodes = tuple[Any, Any]
+# How blocks are fused: as planned, or all in one way where it exists.
+WAYS: dict[str, Callable[..., Nodes] | None] = {
+    "planned": None,
+    "apart": lambda graph, limits, expand, depthwise, project: (None, None),
+    "expand": lambda graph, limits, expand, depthwise, project: (_narrow(expand), None),
+    "project": lambda graph, limits, expand, depthwise, project: (None, _narrow(project)),
+    "all": lambda graph, limits, expand, depthwise, project: (_narrow(expand), _narrow(project)),
+}
+
+
+def _narrow(node: Any) -> Any:
+    """A layer that fits a fused block."""
+    if node is None or min(node.inputs[0].shape[1], node.shape[1]) > cuda._MOST_BLOCK_CHANNELS:
+        return None
+    return node
+
+
+def plan_of(model: str, batch: int, dtype: torch.dtype, device: str, way: str = "planned") -> cuda.CudaPlan:
+    options = {"aux_logits": False} if model in ("googlenet", "inception_v3") else {}
+    torch.manual_seed(0)
+    network = models.create_model(model, **options).eval().requires_grad_(False).to(device, dtype)
+    size = MODELS[model]
+    capture = Capture(network, (torch.zeros(2, 3, size, size, dtype=dtype, device=device),), {}, None)
+    image = torch.empty(batch, 3, size, size, dtype=dtype, device=device)
+    graph = optimise(capture.lower([image], network.state_dict(), cuda.KERNEL_DTYPES))
+    with ExitStack() as stack:
+        if WAYS[way] is not None:
+            stack.enter_context(mock.patch.object(cuda, "_fastest", WAYS[way]))
+        return cuda.build(graph, cuda.CudaWeights(), torch.device(device))
+
+
+def depthwise_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.PatchTile]:
+    channels_last, itemsize, (_, channels, height, width), kernel, stride = args
+    elements = tile.patches * tile.channels // (32 * tile.warps)
+
+    def made(rows: int, columns: int, block_c: int, elements: int, warps: int) -> tiles.PatchTile:
+        strips, blocks = -(-height // rows), -(-width // columns)
+        patches = max(1, min(tiles.power_of_2(strips * blocks), 32 * warps * elements // block_c))
+        return tiles.PatchTile(rows, columns, patches, block_c, warps, -(-strips * blocks // patches))
+
+    if not channels_last:
+        return
+    c, w = tile.channels, tile.warps
+    for rows, columns in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (7, 1), (7, 2), (2, 4)):
+        yield made(min(rows, height), min(columns, width), c, elements, w)
+    for warps in (1, 2, 4, 8):
+        yield made(tile.rows, tile.columns, c, elements, warps)
+        yield made(tile.rows, tile.columns, c, max(2, elements // 2), warps)
+    for block_c in (c // 2, 2 * c):
+        if block_c * itemsize >= 32:
+            yield made(tile.rows, tile.columns, block_c, elements, w)
+            yield made(tile.rows, tile.columns, block_c, elements, 2)
+
+
+def product_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.ProductTile]:
+    chip, itemsize, images, pixels, channels, out_channels = args
+
+    def made(m: int, n: int, k: int, warps: int, stages: int, rounds: float) -> tiles.ProductTile:
+        out_blocks, blocks = -(-out_channels // n), images * -(-pixels // m)
+        programs = blocks
+        if channels <= k and rounds:
+            programs = min(blocks, max(1, int(rounds * chip.multiprocessors) // out_blocks))
+        return tiles.ProductTile(m, n, k, warps, stages, max(1, programs) * out_blocks)
+
+    m, n, k, w = tile.pixels, tile.out_channels, tile.channels, tile.warps
+    for pixels_ in (m // 2, m, 2 * m):
+        for warps in (4, 8):
+            if 16 <= pixels_ <= 256:
+                yield made(pixels_, n, k, warps, 3, 4)
+    for rounds in (1, 2, 8, 0):
+        yield made(m, n, k, w, 3, rounds)
+        yield made(m, n, k, w, 2, rounds)
+    yield made(m, n, k, w, 4, 4)
+    yield made(m, n, k, w, 1, 0)
+    yield made(m, n, k, 2, 3, 4)
+    for out in (n // 2, 2 * n):
+        if 16 <= out <= min(256, tiles.power_of_2(out_channels)):
+            yield made(m, out, k, w, 3, 4)
+            yield made(m, out, k, 8 if out > n else 4, 3, 0)
+    if channels > k:
+        yield made(m, n, tiles.power_of_2(channels) if channels <= 512 else 2 * k, 8, 3, 4)
+        yield made(m, n, k // 2, w, 4, 4)
+
+
+def block_variants(tile: tiles.BlockTile, args: tuple) -> Iterator[tiles.BlockTile]:
+    for rows in (1, 2, 4):
+        for columns in (16, 32, 64):
+            yield replace(tile, rows=rows, columns=columns)
+    for warps in (1, 2, 8):
+        yield replace(tile, warps=warps)
+    yield replace(tile, hidden=32)
+
+
+def dense_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.ProductTile]:
+    images, pixels, out_channels = args[2], args[3], args[5]
+
+    def made(m: int, n: int, warps: int, stages: int) -> tiles.ProductTile:
+        return tiles.ProductTile(m, n, tile.channels, warps, stages, images * -(-pixels // m) * -(-out_channels // n))
+
+    for m in (32, 64, 128, 256):
+        for warps in (2, 4, 8):
+            yield made(m, tile.out_channels, warps, tile.stages)
+    yield made(tile.pixels, tile.out_channels, tile.warps, 2)
+
+
+# By what its kernel is called in the report: the module, its function that chooses a tile, and what else it could be.
+CHOICES = {
+    "depthwise_conv2d": (depthwise_conv2d, "depthwise_tile", depthwise_variants),
+    "pointwise_conv2d": (pointwise_conv2d, "pointwise_tile", product_variants),
+    "inverted_residual": (inverted_residual, "inverted_residual_tile", block_variants),
+    "conv2d": (conv2d, "conv2d_tile", dense_variants),
+}
+CHOICES = {name: (sys.modules[call.__module__], *rest) for name, (call, *rest) in CHOICES.items()}
+
+
+def choice_of(step: Any) -> tuple | None:
+    kernel = step.kernel.removeprefix("Triton ").removesuffix(" + sums")
+    if step.node.op == "inverted_residual":
+        kernel = "inverted_residual"
+    return CHOICES.get(kernel)
+
+
+@dataclass
+class Timing:
+    """One step with one tile. ``bytes``: inputs, weights and outputs once."""
+
+    model: str
+    batch: int
+    way: str
+    step: int
+    name: str
+    operation: str
+    shape: str
+    kernel: str
+    bytes: int
+    predicted_us: float
+    tile: str
+    is_default: bool
+    us: float | None
+
+
+def shorten(tile: Any) -> str:
+    return " ".join(f"{name}={value}" for name, value in asdict(tile).items())
+
+
+def steps_with_tiles(plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool) -> Iterator[tuple[int, Any, Any, bool, Callable]]:
+    """Step by step: its number among the rows, the step, a tile, whether it is the default, and a call of the step."""
+    values: dict = dict(zip(plan.inputs, [image], strict=True))
+    seen, row = set(), -1
+    for step in plan.steps:
+        row += bool(step.kernel)
+        choice, asked, default = choice_of(step), [], []
+        with ExitStack() as stack:
+            if choice is not None:
+                module, function, variants = choice
+                original = getattr(module, function)
+
+                def noted(*args: Any, original: Any = original, asked: list = asked, default: list = default) -> Any:
+                    asked.append(args)
+                    default.append(original(*args))
+                    return default[-1]
+
+                stack.enter_context(mock.patch.object(module, function, noted))
+            step.run(values)
+        if not step.kernel:
+            continue
+        tile = default[0] if default else None
+        yield row, step, tile, True, lambda step=step: step.run(values)
+        key = repr(asked)
+        if not sweep or choice is None or key in seen:
+            continue
+        seen.add(key)
+        tried = {tile}
+        for variant in variants(tile, asked[0]):
+            if variant in tried:
+                continue
+            tried.add(variant)
+            with mock.patch.object(module, function, lambda *args, variant=variant: variant):
+                yield row, step, variant, False, lambda step=step: step.run(values)
+
+
+def measure_us(call: Callable[[], Any], runs: int = 5) -> float:
+    """The median of a call's time within CUDA graphs of several of them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(stream)
+        call()
+        end.record(stream)
+    stream.synchronize()
+    count = max(2, min(20, int(1 / max(start.elapsed_time(end), 1e-3))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(count):
+            call()
+    graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / count
+
+
+def timings_of(model: str, batch: int, dtype: torch.dtype, way: str, sweep: bool) -> Iterator[Timing]:
+    plan = plan_of(model, batch, dtype, "cuda", way)
+    image = torch.randn(batch, 3, MODELS[model], MODELS[model], dtype=dtype, device="cuda")
+    with torch.no_grad():
+        for row, step, tile, is_default, call in steps_with_tiles(plan, image, sweep):
+            try:
+                us = measure_us(call)
+            except Exception as failure:
+                print(f"{model} {batch} {step.kernel} {tile}: {type(failure).__name__} {failure}".splitlines()[0])
+                us = None
+            line = plan.report.rows[row]
+            yield Timing(
+                *(model, batch, way, row, line.name, line.operation, "x".join(map(str, line.shape)), step.kernel),
+                *(line.bytes, 1e6 * step.work.seconds(), "" if tile is None else shorten(tile), is_default, us),
+            )
+
+
+def compile_share(jobs: list[tuple[str, int, str, str, bool]], index: int, count: int) -> None:
+    """Compiles every ``count``-th of the kernels that the jobs will run, on CPU tensors that nobody reads."""
+    torch.set_num_threads(1)
+    number = 0
+    for model, batch, dtype, way, sweep in jobs:
+        plan = plan_of(model, batch, DTYPES[dtype], "cpu", way)
+        image = torch.empty(batch, 3, MODELS[model], MODELS[model], dtype=DTYPES[dtype])
+        recording.clear()
+        with without_gpu(), torch.no_grad():
+            for _, _, _, _, call in steps_with_tiles(plan, image, sweep):
+                call()
+        for kernel, args, kwargs in recording:
+            key = f"{kernel._fn_name}{[a if not isinstance(a, torch.Tensor) else a.dtype for a in args]}{kwargs}"
+            if key not in compiled_keys:
+                compiled_keys.add(key)
+                number += 1
+                if number % count == index:
+                    compile_launch(kernel, args, kwargs)
+
+
+recording: list[tuple] = []
+compiled_keys: set[str] = set()
+
+
+class FakeDriver:
+    """What the compiler asks of a GPU that isn't there."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def without_gpu() -> ExitStack:
+    """Launches on CPU tensors are noted instead of made; dense convolutions of PyTorch are left out."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    def noted(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        recording.append((self, args, kwargs))
+
+    def shaped(x: torch.Tensor, weight: torch.Tensor, bias: Any = None, *rest: Any) -> torch.Tensor:
+        y = dense(x.to("meta"), weight.to("meta"), None, *rest)
+        return torch.empty(y.shape, dtype=y.dtype, memory_format=torch.channels_last)
+
+    dense, stack = torch.nn.functional.conv2d, ExitStack()
+    driver.set_active(FakeDriver())
+    compile_launch.run = compile_launch.run or JITFunction.run
+    stack.enter_context(mock.patch.object(JITFunction, "run", noted))
+    stack.enter_context(mock.patch.object(torch.nn.functional, "conv2d", shaped))
+    stack.enter_context(mock.patch.object(cuda.operations, "INTERPRETED", True))
+    stack.enter_context(mock.patch.object(tiles, "OTHER", tiles.H100))
+    return stack
+
+
+def compile_launch(kernel: Any, args: tuple, kwargs: dict) -> None:
+    try:
+        compiled = compile_launch.run(kernel, *args, grid=(1,), warmup=True, **kwargs)
+        if os.environ.get("MOBILENET_FAST_LAUNCHERS"):
+            from triton.backends.nvidia.driver import CudaLauncher
+
+            CudaLauncher(compiled.src, compiled.metadata)
+    except Exception as failure:
+        print(f"{kernel._fn_name} {kwargs}: {type(failure).__name__} {failure}".splitlines()[0], flush=True)
+
+
+compile_launch.run = None  # what `without_gpu` takes the place of
+
+
+def compile_all(jobs: list, processes: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    running = [context.Process(target=compile_share, args=(jobs, i, processes)) for i in range(processes)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+
+
+def summary(timings: list[Timing]) -> str:
+    lines, steps = [], {}
+    for t in timings:
+        steps.setdefault((t.model, t.batch, t.way, t.step), []).append(t)
+    totals: dict[tuple, float] = {}
+    for (model, batch, way, step), tried in steps.items():
+        default = next(t for t in tried if t.is_default)
+        totals[model, batch, way] = totals.get((model, batch, way), 0.0) + (default.us or 0.0)
+        best = min((t for t in tried if t.us), key=lambda t: t.us, default=None)
+        if way != "planned" or best is None or default.us is None:
+            continue
+        gain = f"best {best.us:7.1f} {best.tile}" if best is not default and best.us < 0.97 * default.us else ""
+        speed = default.bytes / default.us / 1e3
+        lines.append(
+            f"{batch:4} {step:3} {default.kernel[7:34]:27} {default.shape:18} {default.us:7.1f} us"
+            f" ({default.predicted_us:6.1f}) {speed:5.0f} GB/s {gain}"
+        )
+    lines += [f"{model} batch {batch} {way}: {total:.0f} us" for (model, batch, way), total in totals.items()]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("benchmarks.gpu_tune", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=["mobilenet_v3_large"], choices=MODELS, metavar="MODEL")
+    parser.add_argument("--batch", nargs="+", type=int, default=[256])
+    parser.add_argument("--dtype", default="fp16", choices=DTYPES)
+    parser.add_argument("--no-sweep", action="store_true", help="only the tiles that are chosen")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="of fusing blocks")
+    parser.add_argument("--compile", action="store_true", help="only compile")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=folder / "gpu_tune.csv")
+    options = parser.parse_args(arguments)
+    # Other ways of fusing are timed with the tiles that are chosen.
+    jobs = [
+        (model, batch, options.dtype, way, way == "planned" and not options.no_sweep)
+        for model in options.models
+        for batch in options.batch
+        for way in options.ways
+    ]
+    if options.processes:
+        compile_all(jobs, options.processes)
+    if options.compile:
+        return 0
+    timings = []
+    for model, batch, dtype, way, sweep in jobs:
+        timings += timings_of(model, batch, DTYPES[dtype], way, sweep)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(asdict(timings[0])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(t) for t in timings)
+    print(summary(timings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
