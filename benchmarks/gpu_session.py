@@ -136,7 +136,7 @@ def start_all(steps: tuple[Step, ...]) -> dict[Step, dict[str, subprocess.Popen]
 
 
 def rows_of(
-    step: Step, clock: Clock, started: dict[str, subprocess.Popen], rounds: int = 3, seconds: float = 0.1
+    step: Step, clock: Clock, started: dict[str, subprocess.Popen] | None = None, rounds: int = 3, seconds: float = 0.1
 ) -> list[Result]:
     """A row a peer, whatever happens."""
     case, peers = None, [CUDA_PEERS[name] for name in step.peers]
@@ -153,7 +153,7 @@ def rows_of(
             for peer in peers
         ]
     finally:
-        for process in started.values():
+        for process in (started or {}).values():
             process.kill()
 
 

@@ -29,7 +29,15 @@ from mobilenet_fast import models
 from mobilenet_fast.accelerate import cuda
 from mobilenet_fast.accelerate.capture import Capture
 from mobilenet_fast.accelerate.passes import optimise
-from mobilenet_fast.triton_kernels import conv2d, depthwise_conv2d, inverted_residual, pointwise_conv2d, tiles
+from mobilenet_fast.triton_kernels import (
+    common,
+    conv2d,
+    depthwise_conv2d,
+    inverted_residual,
+    pointwise_conv2d,
+    squeeze_excite,
+    tiles,
+)
 
 Nodes = tuple[Any, Any]
 # How blocks are fused: as planned, or all in one way where it exists.
@@ -67,23 +75,20 @@ def depthwise_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.Pat
     channels_last, itemsize, (_, channels, height, width), kernel, stride = args
     elements = tile.patches * tile.channels // (32 * tile.warps)
 
-    def made(rows: int, columns: int, block_c: int, elements: int, warps: int) -> tiles.PatchTile:
+    def made(rows: int, columns: int, block_c: int, warps: int, elements: int = elements) -> tiles.PatchTile:
         strips, blocks = -(-height // rows), -(-width // columns)
         patches = max(1, min(tiles.power_of_2(strips * blocks), 32 * warps * elements // block_c))
         return tiles.PatchTile(rows, columns, patches, block_c, warps, -(-strips * blocks // patches))
 
     if not channels_last:
         return
-    c, w = tile.channels, tile.warps
-    for rows, columns in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (7, 1), (7, 2), (2, 4)):
-        yield made(min(rows, height), min(columns, width), c, elements, w)
-    for warps in (1, 2, 4, 8):
-        yield made(tile.rows, tile.columns, c, elements, warps)
-        yield made(tile.rows, tile.columns, c, max(2, elements // 2), warps)
-    for block_c in (c // 2, 2 * c):
-        if block_c * itemsize >= 32:
-            yield made(tile.rows, tile.columns, block_c, elements, w)
-            yield made(tile.rows, tile.columns, block_c, elements, 2)
+    for block_c in sorted({tile.channels, 32, 64}):
+        for warps in (1, 2, 4):
+            for each in (elements, elements // 2):
+                if each and block_c <= 2 * channels:
+                    yield made(tile.rows, tile.columns, block_c, warps, each)
+    for rows, columns in ((2, 2), (4, 1), (4, 2), (7, 1), (7, 2)):
+        yield made(min(rows, height), min(columns, width), tile.channels, tile.warps)
 
 
 def product_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.ProductTile]:
@@ -97,32 +102,38 @@ def product_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.Pro
         return tiles.ProductTile(m, n, k, warps, stages, max(1, programs) * out_blocks)
 
     m, n, k, w = tile.pixels, tile.out_channels, tile.channels, tile.warps
-    for pixels_ in (m // 2, m, 2 * m):
+    for pixels_ in (64, 128):
         for warps in (4, 8):
-            if 16 <= pixels_ <= 256:
+            if pixels_ <= 4 * m:
                 yield made(pixels_, n, k, warps, 3, 4)
-    for rounds in (1, 2, 8, 0):
+    for rounds in (2, 8, 0) if channels <= k else (0,):
         yield made(m, n, k, w, 3, rounds)
-        yield made(m, n, k, w, 2, rounds)
     yield made(m, n, k, w, 4, 4)
-    yield made(m, n, k, w, 1, 0)
-    yield made(m, n, k, 2, 3, 4)
-    for out in (n // 2, 2 * n):
-        if 16 <= out <= min(256, tiles.power_of_2(out_channels)):
-            yield made(m, out, k, w, 3, 4)
-            yield made(m, out, k, 8 if out > n else 4, 3, 0)
+    if 2 * n <= min(256, tiles.power_of_2(out_channels)):
+        yield made(m, 2 * n, k, 8, 3, 4)
+    if n > 64:
+        yield made(m, n // 2, k, w, 3, 4)
     if channels > k:
-        yield made(m, n, tiles.power_of_2(channels) if channels <= 512 else 2 * k, 8, 3, 4)
-        yield made(m, n, k // 2, w, 4, 4)
+        yield made(m, n, 2 * k, w, 3, 4)
 
 
 def block_variants(tile: tiles.BlockTile, args: tuple) -> Iterator[tiles.BlockTile]:
-    for rows in (1, 2, 4):
-        for columns in (16, 32, 64):
-            yield replace(tile, rows=rows, columns=columns)
-    for warps in (1, 2, 8):
-        yield replace(tile, warps=warps)
-    yield replace(tile, hidden=32)
+    for rows, columns, warps, hidden in (
+        (2, 16, 1, 16),
+        (2, 32, 1, 16),
+        (4, 16, 1, 16),
+        (2, 16, 1, 32),
+        (2, 32, 2, 16),
+        (4, 64, 4, 16),
+        (2, 64, 4, 16),
+    ):
+        yield replace(tile, rows=rows, columns=columns, warps=warps, hidden=hidden)
+
+
+def linear_variants(tile: tiles.LinearTile, args: tuple) -> Iterator[tiles.LinearTile]:
+    for out_channels in (16, 32, 64):
+        for channels in (64, 128, 256):
+            yield replace(tile, out_channels=out_channels, channels=channels, warps=4)
 
 
 def dense_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.ProductTile]:
@@ -131,10 +142,10 @@ def dense_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.Produ
     def made(m: int, n: int, warps: int, stages: int) -> tiles.ProductTile:
         return tiles.ProductTile(m, n, tile.channels, warps, stages, images * -(-pixels // m) * -(-out_channels // n))
 
-    for m in (32, 64, 128, 256):
+    for m in (64, 128):
         for warps in (2, 4, 8):
-            yield made(m, tile.out_channels, warps, tile.stages)
-    yield made(tile.pixels, tile.out_channels, tile.warps, 2)
+            yield made(m, tile.out_channels, warps, 1)
+            yield made(m, tile.out_channels, warps, 2)
 
 
 # By what its kernel is called in the report: the module, its function that chooses a tile, and what else it could be.
@@ -143,6 +154,7 @@ CHOICES = {
     "pointwise_conv2d": (pointwise_conv2d, "pointwise_tile", product_variants),
     "inverted_residual": (inverted_residual, "inverted_residual_tile", block_variants),
     "conv2d": (conv2d, "conv2d_tile", dense_variants),
+    "squeeze_excite": (squeeze_excite, "linear_tile", linear_variants),
 }
 CHOICES = {name: (sys.modules[call.__module__], *rest) for name, (call, *rest) in CHOICES.items()}
 
@@ -177,7 +189,9 @@ def shorten(tile: Any) -> str:
     return " ".join(f"{name}={value}" for name, value in asdict(tile).items())
 
 
-def steps_with_tiles(plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool) -> Iterator[tuple[int, Any, Any, bool, Callable]]:
+def steps_with_tiles(
+    plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool
+) -> Iterator[tuple[int, Any, Any, bool, Callable]]:
     """Step by step: its number among the rows, the step, a tile, whether it is the default, and a call of the step."""
     values: dict = dict(zip(plan.inputs, [image], strict=True))
     seen, row = set(), -1
@@ -242,7 +256,7 @@ def measure_us(call: Callable[[], Any], runs: int = 5) -> float:
 def timings_of(model: str, batch: int, dtype: torch.dtype, way: str, sweep: bool) -> Iterator[Timing]:
     plan = plan_of(model, batch, dtype, "cuda", way)
     image = torch.randn(batch, 3, MODELS[model], MODELS[model], dtype=dtype, device="cuda")
-    with torch.no_grad():
+    with torch.no_grad(), common.dependent_launches(plan.device):
         for row, step, tile, is_default, call in steps_with_tiles(plan, image, sweep):
             try:
                 us = measure_us(call)
@@ -309,6 +323,7 @@ def without_gpu() -> ExitStack:
 
     dense, stack = torch.nn.functional.conv2d, ExitStack()
     driver.set_active(FakeDriver())
+    common._launches.dependent = True
     compile_launch.run = compile_launch.run or JITFunction.run
     stack.enter_context(mock.patch.object(JITFunction, "run", noted))
     stack.enter_context(mock.patch.object(torch.nn.functional, "conv2d", shaped))

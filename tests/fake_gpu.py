@@ -59,7 +59,7 @@ class LocalWorker:
     open = 0
     free_mib = staticmethod(lambda count: 1e5)
 
-    def __init__(self, case, peer, setting, limit=None):
+    def __init__(self, case, peer, setting, limit=None, process=None):
         self.peer = peer
         LocalWorker.open += 1
         if (free := self.free_mib(LocalWorker.open)) <= 0:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import fake_gpu
 import pytest
@@ -41,6 +42,7 @@ def fake(monkeypatch):
     for module in (gauges, report):
         monkeypatch.setattr(module, "gpu_process", lambda: fake_gpu.gpu_process)
     monkeypatch.setattr(command, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu_session, "start", lambda *peer: SimpleNamespace(kill=lambda: None))
 
 
 @pytest.fixture(autouse=True)

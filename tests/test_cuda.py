@@ -458,9 +458,7 @@ def test_a_stem_of_a_huge_transposed_view():
 
     def call(x):
         out = torch.empty((1, 4, *x.shape[2:]), dtype=x.dtype, device=DEVICE, memory_format=torch.channels_last)
-        return kernels.conv2d(
-            x, kernels.pack_conv2d(weight), None, (3, 3), (1, 1), (1, 1), (1, 1), "none", out=out
-        )
+        return kernels.conv2d(x, kernels.pack_conv2d(weight), None, (3, 3), (1, 1), (1, 1), (1, 1), "none", out=out)
 
     torch.testing.assert_close(call(x), call(x.contiguous()))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch._prims_common import suggest_memory_format
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.constexpr_function
@@ -160,6 +163,35 @@ def arrange_pixels(tensor: torch.Tensor, channels_last: bool) -> torch.Tensor:
     if even:
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@triton.jit
+def wait_for_inputs(DEPENDENT: tl.constexpr):
+    """Before the first read of what another kernel may have written, where launches are dependent."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+_launches = threading.local()
+
+
+@contextmanager
+def dependent_launches(device: torch.device) -> Iterator[None]:
+    """Within it kernels begin while those before them still run, and wait for these once they have read weights and
+    computed addresses: programmatic dependent launch, of GPUs that have it. Nothing in it may write to weights.
+    """
+    before = getattr(_launches, "dependent", False)
+    _launches.dependent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    try:
+        yield
+    finally:
+        _launches.dependent = before
+
+
+def launch_options() -> dict[str, bool]:
+    """Of a launch whose kernel calls `wait_for_inputs`."""
+    return {"DEPENDENT": True, "launch_pdl": True} if getattr(_launches, "dependent", False) else {"DEPENDENT": False}
 
 
 def float32_precision() -> str:

@@ -2,8 +2,9 @@
 
 A program takes a block of output pixels × output channels. Where channels are many, each step of its loop multiplies
 some channels of one tap: one vector of pixels' addresses serves all steps, moved by the tap's offset. Where they are
-few, as a stem's three, a step goes through several taps, and each element of a window finds its tap and channel for
-itself. The input is read by its own strides, so that a stem takes images as they come.
+few, as a stem's three, a step goes through several taps, and a program's pixels lie in one row: what an element of a
+window needs is then the sum of what its tap and its column need, without a division of its own. The input is read by
+its own strides, so that a stem takes images as they come.
 
 The tile of the input is loaded as channels × pixels and transposed, which costs nothing: neighbouring threads then take
 neighbouring channels where the compiler sees that these lie together, and else neighbouring pixels.
@@ -23,17 +24,22 @@ from .common import (
     block_pointers,
     float32_precision,
     is_channels_last,
+    launch_options,
     multiple,
     multiples,
     on_device,
     pixel_strides,
     vector_of,
     vector_of_pixels,
+    wait_for_inputs,
+    within,
 )
 from .tiles import chip_of, conv2d_tile
 
 # Rows of packed weights are a multiple of this: Triton sees of an argument whether it is, and loads whole vectors then.
 _ROW = 16
+# With fewer channels a step of the loop takes several taps.
+_MANY = 16
 
 
 @triton.jit
@@ -78,6 +84,7 @@ def _forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FEW_CHANNELS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     ACC: tl.constexpr = accumulator(y_ptr.dtype.element_ty)
     x_image_stride = multiple(x_image_stride, VECTOR_IN)
@@ -93,22 +100,34 @@ def _forward(
         pixels = multiple(pixels, VECTOR_OUT)
 
     out_blocks = tl.cdiv(out_channels, BLOCK_N)
-    pixel_blocks = tl.cdiv(pixels, BLOCK_M)
     out_channel = tl.program_id(0) % out_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     out_here = out_channel < out_channels
     block = tl.program_id(0) // out_blocks
-    image = block // pixel_blocks
-    first = block % pixel_blocks * BLOCK_M
     pixel = tl.arange(0, BLOCK_M)
-    pixels_here = first + pixel < pixels
-    # Channels_last outputs are one image of all pixels, inputs never are.
-    x_image = image + (first + pixel) // out_pixels
-    top = (first + pixel) % out_pixels // out_width * STRIDE_H - PADDING_H
-    left = (first + pixel) % out_width * STRIDE_W - PADDING_W
+    if FEW_CHANNELS:  # pixels are a row's
+        pixel_blocks = tl.cdiv(out_width, BLOCK_M)
+        row = block // pixel_blocks
+        x_image = row // (out_pixels // out_width)
+        top = row % (out_pixels // out_width) * STRIDE_H - PADDING_H
+        column = block % pixel_blocks * BLOCK_M + pixel
+        pixels_here = column < out_width
+        left = column * STRIDE_W - PADDING_W
+        image = row * out_width // pixels
+        first = row * out_width % pixels + block % pixel_blocks * BLOCK_M
+    else:
+        pixel_blocks = tl.cdiv(pixels, BLOCK_M)
+        image = block // pixel_blocks
+        first = block % pixel_blocks * BLOCK_M
+        pixels_here = first + pixel < pixels
+        # Channels_last outputs are one image of all pixels, inputs never are.
+        x_image = image + (first + pixel) // out_pixels
+        top = (first + pixel) % out_pixels // out_width * STRIDE_H - PADDING_H
+        left = (first + pixel) % out_width * STRIDE_W - PADDING_W
     windows = tl.cast(x_image, tl.int64) * x_image_stride + tl.cast(top, tl.int64) * x_row_stride
-    windows = x_ptr + windows + left * x_column_stride
+    windows = x_ptr + windows + tl.cast(left, tl.int64) * x_column_stride
     k = tl.arange(0, BLOCK_K)
     weight_ptr += tl.cast(out_channel, tl.int64)[None, :] * weight_stride
+    wait_for_inputs(DEPENDENT)
 
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     CHANNEL_BLOCKS: tl.constexpr = 1 if FEW_CHANNELS else (CHANNELS + BLOCK_K - 1) // BLOCK_K
@@ -119,9 +138,11 @@ def _forward(
             row_k = step * BLOCK_K + k
             tap = row_k // CHANNELS
             channel = row_k % CHANNELS
-            k_here = row_k < TAPS * CHANNELS
-            dy = (tap // KERNEL_W * DILATION_H)[:, None]
+            dy = tap // KERNEL_W * DILATION_H
             dx = (tap % KERNEL_W * DILATION_W)[:, None]
+            k_here = row_k < TAPS * CHANNELS
+            inside = (k_here & within(top + dy, height))[:, None] & pixels_here[None, :]
+            dy = dy[:, None]
         else:
             tap = step // CHANNEL_BLOCKS
             channel = step % CHANNEL_BLOCKS * BLOCK_K + k
@@ -129,12 +150,11 @@ def _forward(
             k_here = channel < CHANNELS
             dy = tap // KERNEL_W * DILATION_H
             dx = tap % KERNEL_W * DILATION_W
-        row = top[None, :] + dy
-        column = left[None, :] + dx
-        inside = pixels_here[None, :] & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            inside = (pixels_here & within(top + dy, height))[None, :] & k_here[:, None]
+        inside &= within(left[None, :] + dx, width)
         offset = tl.cast(dy, tl.int64) * x_row_stride + tl.cast(dx, tl.int64) * x_column_stride
         pointers = windows[None, :] + offset + (tl.cast(channel, tl.int64) * x_channel_stride)[:, None]
-        x = tl.load(pointers, inside & k_here[:, None], 0.0)
+        x = tl.load(pointers, inside, 0.0)
         weight = tl.load(weight_ptr + row_k[:, None], k_here[:, None] & out_here[None, :], 0.0)
         total = tl.dot(tl.trans(x), weight, total, input_precision=PRECISION, out_dtype=ACC)
 
@@ -188,7 +208,8 @@ def conv2d(
     if channels_last:
         images, pixels = 1, batch * pixels
     together = input.stride(1) == 1
-    tile = conv2d_tile(chip_of(input), input.element_size(), images, pixels, channels, out_channels, kernel, together)
+    rows = (batch * out_height, out_width) if channels < _MANY else (images, pixels)
+    tile = conv2d_tile(chip_of(input), input.element_size(), *rows, channels, out_channels, kernel, together)
     if images * pixels:
         with on_device(input):
             _forward[(tile.programs,)](
@@ -214,8 +235,9 @@ def conv2d(
                 BLOCK_M=tile.pixels,
                 BLOCK_N=tile.out_channels,
                 BLOCK_K=tile.channels,
-                FEW_CHANNELS=channels < 16,
+                FEW_CHANNELS=channels < _MANY,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
+                **launch_options(),
             )
     return out

@@ -24,6 +24,7 @@ from .common import (
     accumulator,
     arrange,
     is_channels_last,
+    launch_options,
     multiple,
     multiples,
     on_device,
@@ -32,6 +33,7 @@ from .common import (
     row_pointers,
     strides,
     vector_of,
+    wait_for_inputs,
     within,
 )
 from .tiles import chip_of, depthwise_backward_tile, depthwise_tile
@@ -102,6 +104,7 @@ def _forward(
     COLUMNS: tl.constexpr,
     PATCHES: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     ACC: tl.constexpr = accumulator(y_ptr.dtype.element_ty)
     x_strides = multiples(x_image_stride, x_column_stride, x_channel_stride, CHANNELS_LAST, VECTOR)
@@ -149,12 +152,13 @@ def _forward(
     x_channel = channel // MULTIPLIER
     first = patch_pointers(x_ptr, x_strides, x_row_stride, image, x_row, x_column, x_channel, CHANNELS_LAST)
     filter_ptr = weight_ptr + channel * WEIGHT_CHANNEL_STRIDE
+    wait_for_inputs(DEPENDENT)
     for dx in tl.static_range((COLUMNS - 1) * STRIDE_W + (KERNEL_W - 1) * DILATION_W + 1):
         if reaches(dx, COLUMNS, STRIDE_W, DILATION_W, KERNEL_W):
             columns_inside = within(x_column + dx, width)
             xs = ()
             for dy in tl.static_range((ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1):
-                x = None
+                x = start  # a row that nobody meets
                 if reaches(dy, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
                     inside = columns_inside & within(x_row + dy, height)
                     inside = inside[:, None] & channels_here[None, :]
@@ -172,7 +176,7 @@ def _forward(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
     first = patch_pointers(y_ptr, y_strides, y_row_stride, image, row, column, channel, CHANNELS_LAST)
-    sums = tl.zeros([BLOCK_C], ACC)
+    sums = tl.zeros([PATCHES, BLOCK_C], ACC)  # of a thread's own patches: other threads are asked once, at the end
     for j in tl.static_range(COLUMNS):
         columns_here = column + j < out_width
         for i in tl.static_range(ROWS):
@@ -186,10 +190,10 @@ def _forward(
             pointers = first + (tl.cast(i, tl.int64) * y_row_stride + j * y_strides[1])
             tl.store(pointers, y.to(y_ptr.dtype.element_ty), here)
             if sums_ptr is not None:
-                sums += tl.sum(tl.where(here, y, 0.0), 0)
+                sums += tl.where(here, y, 0.0)
     if sums_ptr is not None:
         sums_ptr += (image * parts + part) * out_channels
-        tl.store(sums_ptr + channel, sums, channels_here)
+        tl.store(sums_ptr + channel, tl.sum(sums, 0), channels_here)
 
 
 @triton.jit
@@ -402,6 +406,7 @@ def depthwise_conv2d(
                 PATCHES=tile.patches,
                 BLOCK_C=tile.channels,
                 num_warps=tile.warps,
+                **launch_options(),
             )
     return (out, sums) if with_sums else out
 

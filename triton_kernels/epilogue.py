@@ -17,11 +17,13 @@ from .common import (
     block_pointers,
     image_strides,
     is_channels_last,
+    launch_options,
     multiple,
     multiples,
     on_device,
     pixel_strides,
     vector_of_pixels,
+    wait_for_inputs,
 )
 from .tiles import image_tile
 
@@ -51,6 +53,7 @@ def _forward(
     VECTOR: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Contiguous images have one channel here, and ``plane`` pixels of it are those of a gate or bias."""
     ACC: tl.constexpr = accumulator(y_ptr.dtype.element_ty)
@@ -77,6 +80,7 @@ def _forward(
         factor, factors_here = channel[None, :], channels_here
     else:
         factor, factors_here = ((first + pixel) // plane)[:, None], pixels_here
+    wait_for_inputs(DEPENDENT)
     y = tl.load(block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST), here, 0.0).to(ACC)
     if gate_ptr is not None:
         y *= tl.load(gate_ptr + image * gate_stride + factor, factors_here, 0.0).to(ACC)
@@ -137,5 +141,6 @@ def epilogue(
                 BLOCK_P=tile.pixels,
                 BLOCK_C=tile.channels,
                 num_warps=tile.warps,
+                **launch_options(),
             )
     return out

@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .common import accumulator, arrange, float32_precision, multiple, multiples, on_device, row_pointers, vector_of
+from .common import (
+    accumulator,
+    arrange,
+    float32_precision,
+    launch_options,
+    multiple,
+    multiples,
+    on_device,
+    row_pointers,
+    vector_of,
+    wait_for_inputs,
+)
 from .depthwise_conv2d import add_to, reaches
 from .tiles import inverted_residual_tile
 
@@ -71,6 +82,7 @@ def _forward(
     BLOCK_IN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = accumulator(DTYPE)
@@ -103,6 +115,7 @@ def _forward(
     in_channel = tl.arange(0, BLOCK_IN)
     out_channel = tl.arange(0, BLOCK_OUT)
 
+    wait_for_inputs(DEPENDENT)
     projected = ()
     for _ in tl.static_range(ROWS):
         projected += (tl.zeros([BLOCK_W, BLOCK_OUT], ACC),)
@@ -150,7 +163,7 @@ def _forward(
         if project_ptr is not None:
             pointers = project_ptr + out_channel[None, :] * PROJECT_STRIDE + channel[:, None]
             project = tl.load(pointers, channels_here[:, None] & (out_channel < out_channels)[None, :], 0.0)
-        sums = tl.zeros([BLOCK_C], ACC)
+        sums = tl.zeros([BLOCK_W, BLOCK_C], ACC)
         for row in tl.static_range(ROWS):
             y = activate(totals[row] + depthwise_bias, DEPTHWISE_ACTIVATION)
             if project_ptr is not None:
@@ -162,10 +175,10 @@ def _forward(
                 pointers = row_pointers(y_ptr, y_strides, y_row_stride, image, y_row, column, channel, True)
                 tl.store(pointers, y.to(DTYPE), here)
                 if sums_ptr is not None:
-                    sums += tl.sum(tl.where(here, y, 0.0), 0)
+                    sums += tl.where(here, y, 0.0)
         if sums_ptr is not None:
             pointers = sums_ptr + (image * (column_blocks * strips) + part) * hidden + channel
-            tl.store(pointers, sums, channels_here)
+            tl.store(pointers, tl.sum(sums, 0), channels_here)
 
     if project_ptr is not None:
         out_here = out_channel < out_channels
@@ -267,6 +280,7 @@ def inverted_residual(
                 BLOCK_OUT=tile.out_channels,
                 num_warps=tile.warps,
                 num_stages=2 if input.element_size() < 8 else 1,
+                **launch_options(),
             )
     return (out, sums) if with_sums else out
 

@@ -1,7 +1,8 @@
 """Pointwise convolution: a matrix product of pixels × channels with the weights, and what surrounds it in a block.
 
-Channels_last images are one matrix of all their pixels, contiguous ones a matrix each, stored by columns. The gate is
-applied to the input as it is loaded; bias, residual and activation to the sums before they are stored. Channels are few
+Channels_last images are one matrix of all their pixels, unless they have a gate each; contiguous ones are a matrix
+each, stored by columns. The gate is applied to the input as it is loaded; bias, residual and activation to the sums
+before they are stored. Channels are few
 and pixels many, so a program keeps its weights, if they fit a block, and goes through several blocks of pixels.
 """
 
@@ -17,13 +18,16 @@ from .common import (
     arrange_pixels,
     block_pointers,
     float32_precision,
+    image_strides,
     is_channels_last,
+    launch_options,
     multiple,
     multiples,
     on_device,
     output_format,
     pixel_strides,
     vector_of_pixels,
+    wait_for_inputs,
 )
 from .tiles import chip_of, pointwise_tile
 
@@ -39,7 +43,6 @@ def _forward(
     y_ptr,
     images,
     pixels,
-    pixels_of_gate,
     channels,
     out_channels,
     x_image_stride,
@@ -62,6 +65,7 @@ def _forward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ONE_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     ACC: tl.constexpr = accumulator(y_ptr.dtype.element_ty)
     x_strides = multiples(x_image_stride, x_pixel_stride, x_channel_stride, CHANNELS_LAST, VECTOR_IN)
@@ -89,13 +93,12 @@ def _forward(
         bias = tl.load(bias_ptr + out_channel, out_here, 0.0).to(ACC)
 
     pixel_blocks = tl.cdiv(pixels, BLOCK_M)
+    wait_for_inputs(DEPENDENT)
     for block in range(tl.program_id(0) // out_blocks, images * pixel_blocks, tl.num_programs(0) // out_blocks):
         image = block // pixel_blocks
         first = block % pixel_blocks * BLOCK_M
         pixel = tl.arange(0, BLOCK_M)
         pixels_here = first + pixel < pixels
-        if gate_ptr is not None:
-            gate_rows = gate_ptr + (image + (first + pixel) // pixels_of_gate)[:, None] * channels
         total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         for first_k in range(0, BLOCK_K if ONE_K else channels, BLOCK_K):
             channel = first_k + k
@@ -103,7 +106,8 @@ def _forward(
             pointers = block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST)
             x = tl.load(pointers, inputs_here, 0.0)
             if gate_ptr is not None:
-                x = (x.to(ACC) * tl.load(gate_rows + channel[None, :], inputs_here, 0.0).to(ACC)).to(x.dtype)
+                gate = tl.load(gate_ptr + image * channels + channel, channel < channels, 0.0)[None, :]
+                x = x * gate if x.dtype != tl.bfloat16 else (x.to(ACC) * gate.to(ACC)).to(x.dtype)
             if not ONE_K:
                 weights_here = (channel < channels)[:, None] & out_here[None, :]
                 weight = tl.load(weight_ptr + channel[:, None] * weight_in_stride, weights_here, 0.0)
@@ -145,17 +149,19 @@ def pointwise_conv2d(
     input = arrange_pixels(input, channels_last)
     residual = None if residual is None else arrange_pixels(residual, channels_last)
     gate = None if gate is None else gate.reshape(batch, channels).contiguous()
-    images, pixels = (1, batch * height * width) if channels_last else (batch, height * width)
+    images, pixels, strides = batch, height * width, image_strides
+    if channels_last and gate is None:  # then nothing tells the images apart
+        images, pixels, strides = 1, batch * pixels, pixel_strides
     chip = chip_of(input)
     tile = pointwise_tile(chip, input.element_size(), images, pixels, channels, out_channels)
     if pixels * images:
         with on_device(input):
             _forward[(tile.programs,)](
                 *(input, weight, scale, bias, gate, residual, out),
-                *(images, pixels, height * width, channels, out_channels),
-                *pixel_strides(input, channels_last),
-                *((0, 0, 0) if residual is None else pixel_strides(residual, channels_last)),
-                *pixel_strides(out, channels_last),
+                *(images, pixels, channels, out_channels),
+                *strides(input, channels_last),
+                *((0, 0, 0) if residual is None else strides(residual, channels_last)),
+                *strides(out, channels_last),
                 *(weight.stride(0), weight.stride(1)),
                 ACTIVATION=activation,
                 PRECISION=float32_precision(),
@@ -168,5 +174,6 @@ def pointwise_conv2d(
                 ONE_K=channels <= tile.channels,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
+                **launch_options(),
             )
     return out

@@ -16,12 +16,14 @@ from .common import (
     block_pointers,
     image_strides,
     is_channels_last,
+    launch_options,
     multiple,
     multiples,
     on_device,
     strides,
     vector_of,
     vector_of_pixels,
+    wait_for_inputs,
 )
 from .tiles import chip_of, image_tile, pool_tile
 
@@ -42,6 +44,7 @@ def _sum_pixels(
     VECTOR: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Sums over the pixels of each part of an image, divided: (N, parts, C)."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
@@ -56,6 +59,7 @@ def _sum_pixels(
     image = tl.cast(tl.program_id(0) // (channel_blocks * parts), tl.int64)
     pixel = tl.arange(0, BLOCK_P)
     sums = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    wait_for_inputs(DEPENDENT)
     for first in range(part * BLOCK_P, pixels, parts * BLOCK_P):
         here = (first + pixel < pixels)[:, None] & (channel < channels)[None, :]
         pointers = block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST)
@@ -97,6 +101,7 @@ def _forward(
     VECTOR_OUT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """COUNT: what a sum is divided by, "divisor", or the taps "inside" the image, or those in its padding too."""
     ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
@@ -118,6 +123,7 @@ def _forward(
     top = (first + pixel) // out_width * STRIDE_H - PADDING_H
     left = (first + pixel) % out_width * STRIDE_W - PADDING_W
 
+    wait_for_inputs(DEPENDENT)
     total = tl.full([BLOCK_P, BLOCK_C], 0.0 if MEAN else float("-inf"), ACC)
     for ky in range(KERNEL_H):
         row = top + ky * DILATION_H
@@ -195,6 +201,7 @@ def _sum(input: torch.Tensor, sums: torch.Tensor, channels_last: bool, divisor: 
                 BLOCK_P=tile.pixels,
                 BLOCK_C=tile.channels,
                 num_warps=tile.warps,
+                **launch_options(),
             )
 
 
@@ -249,5 +256,6 @@ def pool2d(
                 BLOCK_P=tile.pixels,
                 BLOCK_C=tile.channels,
                 num_warps=tile.warps,
+                **launch_options(),
             )
     return out

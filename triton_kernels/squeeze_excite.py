@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .common import on_device
+from .common import accumulator, float32_precision, launch_options, on_device, wait_for_inputs
 from .epilogue import epilogue
 from .pool2d import sum_pixels
+from .tiles import chip_of, linear_tile, power_of_2
 
 
 @triton.jit
@@ -26,34 +27,46 @@ def _layer(
     parts,
     channels,
     out_channels,
+    weight_stride,
     pixels,
     ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """``ACTIVATION(x.sum(parts) / pixels @ weight.T + bias)`` of x (N, parts, C), weight (O, C)."""
-    ACC: tl.constexpr = x_ptr.dtype.element_ty
+    """``ACTIVATION(x.sum(parts) / pixels @ weight.T + bias)`` of x (N, parts, C), weight (O, C).
+
+    Products are of the weights' type, as PyTorch's are. ``PARTS`` of an image are loaded at once.
+    """
+    ACC: tl.constexpr = accumulator(weight_ptr.dtype.element_ty)
     out_blocks = tl.cdiv(out_channels, BLOCK_O)
     out_channel = tl.program_id(0) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    out_here = (out_channel < out_channels)[None, :]
     image = tl.program_id(0) // out_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_ptr += (tl.cast(image, tl.int64) * parts * channels)[:, None]
+    weight_ptr += out_channel[None, :] * weight_stride
     total = tl.zeros([BLOCK_N, BLOCK_O], ACC)
+    share = tl.full([], 1.0, ACC) / pixels
+    wait_for_inputs(DEPENDENT)
     for first in range(0, channels, BLOCK_K):
-        channel = first + tl.arange(0, BLOCK_K)
+        channel = first + k
         here = (image < images)[:, None] & (channel < channels)[None, :]
         x = tl.zeros([BLOCK_N, BLOCK_K], ACC)
-        for part in range(parts):
-            row = tl.cast(image, tl.int64) * parts + part
-            x += tl.load(x_ptr + row[:, None] * channels + channel[None, :], here, 0.0)
-        pointers = weight_ptr + out_channel[None, :] * channels + channel[:, None]
-        both = (channel < channels)[:, None] & (out_channel < out_channels)[None, :]
-        weight = tl.load(pointers, both, 0.0).to(ACC)
-        total = tl.dot(x / pixels, weight, total, input_precision="ieee", out_dtype=ACC)
+        for first_part in range(0, parts, PARTS):
+            for i in tl.static_range(PARTS):
+                part = first_part + i
+                x += tl.load(x_ptr + (part * channels + channel)[None, :], here & (part < parts), 0.0).to(ACC)
+        weight = tl.load(weight_ptr + channel[:, None], (channel < channels)[:, None] & out_here, 0.0)
+        total = tl.dot((x * share).to(weight.dtype), weight, total, input_precision=PRECISION, out_dtype=ACC)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + out_channel, out_channel < out_channels, 0.0).to(ACC)[None, :]
-    both = (image < images)[:, None] & (out_channel < out_channels)[None, :]
     y_ptr += image[:, None] * out_channels + out_channel[None, :]
-    tl.store(y_ptr, activate(total, ACTIVATION).to(y_ptr.dtype.element_ty), both)
+    y = activate(total, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr, y, (image < images)[:, None] & out_here)
 
 
 def squeeze_excite_gate(
@@ -76,14 +89,21 @@ def squeeze_excite_gate(
                 (sums, parts, pixels, weight1, bias1, squeeze_activation, squeezed),
                 (squeezed, 1, 1, weight2, bias2, gate_activation, gate),
             ):
-                weight = weight.reshape(weight.shape[0], weight.shape[1]).contiguous()
-                _layer[(triton.cdiv(batch, 16) * triton.cdiv(weight.shape[0], 16),)](
-                    *(x, weight, bias, y, batch, count, weight.shape[1], weight.shape[0], divisor),
+                weight = weight.flatten(1)
+                weight = weight if weight.stride(1) == 1 else weight.contiguous()
+                out_channels, in_channels = weight.shape
+                tile = linear_tile(chip_of(sums), weight.element_size(), batch, in_channels, out_channels)
+                _layer[(triton.cdiv(batch, tile.rows) * triton.cdiv(out_channels, tile.out_channels),)](
+                    *(x, weight, bias, y, batch, count, in_channels, out_channels, weight.stride(0), divisor),
                     ACTIVATION=activation,
-                    BLOCK_N=16,
-                    BLOCK_K=64,
-                    BLOCK_O=16,
-                    num_warps=2,
+                    PRECISION=float32_precision(),
+                    PARTS=min(8, power_of_2(count)),
+                    BLOCK_N=tile.rows,
+                    BLOCK_K=tile.channels,
+                    BLOCK_O=tile.out_channels,
+                    num_warps=tile.warps,
+                    num_stages=tile.stages,
+                    **launch_options(),
                 )
     return gate
 

@@ -161,8 +161,15 @@ class ProductTile:
 def pointwise_tile(
     chip: Chip, itemsize: int, images: int, pixels: int, channels: int, out_channels: int
 ) -> ProductTile:
-    """All output channels in a block where 128 are enough, so that the input is read once."""
-    block_n = fit(out_channels, 16, 128 if itemsize < 8 else 32)
+    """All output channels in a block where 128 are enough, so that the input is read once; what a block has too many
+    costs the tensor cores little.
+    """
+    if itemsize == 8:
+        block_n = fit(out_channels, 16, 32)
+    elif out_channels <= 128:
+        block_n = max(16, power_of_2(out_channels))
+    else:
+        block_n = min((128, 64), key=lambda block: -(-out_channels // block) * block)
     block_k = min(max(16, power_of_2(channels)), 256 // itemsize if itemsize < 8 else 16)
     if channels > block_k:
         block_k = fit(channels, 16, 128 // itemsize)
@@ -178,6 +185,28 @@ def pointwise_tile(
     # Programs that keep their weights take several blocks of pixels, as many as make four programs a multiprocessor.
     programs = min(blocks, max(1, 4 * chip.multiprocessors // out_blocks)) if channels <= block_k else blocks
     return ProductTile(block_m, block_n, block_k, warps, 3, max(1, programs) * out_blocks)
+
+
+@dataclass(frozen=True)
+class LinearTile:
+    """Of a small linear layer: the block of images × output channels, and input channels at a time."""
+
+    rows: int
+    out_channels: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def linear_tile(chip: Chip, itemsize: int, images: int, channels: int, out_channels: int) -> LinearTile:
+    """What takes the time is the way to the memory and back, once for each turn of the loop over input channels, not
+    products: many channels at a time, and as many programs as there are multiprocessors.
+    """
+    block_k = min(max(16, power_of_2(channels)), 512 // itemsize)
+    block_o = min(64, max(16, power_of_2(out_channels))) if itemsize < 8 else 16
+    while block_o > 16 and -(-images // 16) * -(-out_channels // block_o) < chip.multiprocessors:
+        block_o //= 2
+    return LinearTile(16, block_o, block_k, 4 if block_o * block_k >= 4096 else 2, 2)
 
 
 def conv2d_tile(
@@ -269,4 +298,5 @@ def inverted_residual_tile(
     large = max(kernel) > 3
     columns = fit(width, 16, 16 if large or itemsize == 8 or (channels and out_channels) else 32)
     rows = _even(height, 1 if itemsize == 8 else 2)
-    return BlockTile(rows, columns, max(16, power_of_2(channels)), 4, 16, max(16, power_of_2(out_channels)))
+    # One warp: threads of several would wait for each other at every tap, as operands of products pass between them.
+    return BlockTile(rows, columns, max(16, power_of_2(channels)), 1, 16, max(16, power_of_2(out_channels)))

@@ -8,8 +8,8 @@ Triton's interpreter the same steps run on CPU tensors, without a graph.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -178,15 +178,18 @@ class CudaPlan:
 
     def execute(self, tensors: list[Tensor], after_row: Callable[[], None] | None = None) -> list[Tensor]:
         """Runs the steps one after another; ``after_row`` is called after each that is a row of the report."""
+        from ..triton_kernels.common import dependent_launches
+
         values: Values = {}
         for node, tensor in zip(self.inputs, tensors, strict=True):
             values[node] = tensor if tensor.dtype == node.dtype else tensor.to(node.dtype)
-        for step in self.steps:
-            step.run(values)
-            if after_row is not None and step.kernel:
-                after_row()
-            for dead in step.frees:
-                del values[dead]
+        with dependent_launches(self.device):
+            for step in self.steps:
+                step.run(values)
+                if after_row is not None and step.kernel:
+                    after_row()
+                for dead in step.frees:
+                    del values[dead]
         return [values[output] for output in self.outputs]
 
 
@@ -215,7 +218,7 @@ class _Recorded:
                 plan.execute(tensors)
             current.wait_stream(side)
             pairs = list(zip(plan.inputs, tensors, strict=True))
-            with torch.cuda.graph(self.graph, **options):
+            with torch.cuda.graph(self.graph, **options), _nothing_filled():
                 self.inputs = [torch.empty_like(tensor, dtype=node.dtype) for node, tensor in pairs]
                 self.outputs = plan.execute(self.inputs)
         except Exception:
@@ -225,6 +228,18 @@ class _Recorded:
             raise
         finally:
             torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def _nothing_filled() -> Iterator[None]:
+    """PyTorch's deterministic mode fills new tensors: recorded, that would write over the inputs at each replay."""
+    settings = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = before
 
 
 def _owned(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
