@@ -72,13 +72,14 @@ def plan_of(model: str, batch: int, dtype: torch.dtype, device: str, way: str = 
 
 
 def depthwise_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.PatchTile]:
-    channels_last, itemsize, (_, channels, height, width), kernel, stride = args
+    _, channels_last, itemsize, (_, channels, height, width), kernel, stride = args
     elements = tile.patches * tile.channels // (32 * tile.warps)
 
     def made(rows: int, columns: int, block_c: int, warps: int, elements: int = elements) -> tiles.PatchTile:
         strips, blocks = -(-height // rows), -(-width // columns)
         patches = max(1, min(tiles.power_of_2(strips * blocks), 32 * warps * elements // block_c))
-        return tiles.PatchTile(rows, columns, patches, block_c, warps, -(-strips * blocks // patches))
+        parts = -(-strips * blocks // patches)
+        return tiles.PatchTile(rows, columns, patches, block_c, warps, parts, tile.registers)
 
     if not channels_last:
         return

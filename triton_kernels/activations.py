@@ -5,8 +5,12 @@ Both take float32 or float64 values. NaN and infinities go through as in PyTorch
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # which knows no assembly
 
 
 @triton.jit
@@ -27,7 +31,13 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu6":
         x = _clamp6(x)
     elif ACTIVATION == "hardswish":
-        x = x * _clamp6(x + 3.0) * (1.0 / 6.0)
+        if x.dtype == tl.float32 and not INTERPRETED:
+            # Two instructions instead of five. NaN becomes 0 here, and NaN again in the product.
+            x = x * tl.inline_asm_elementwise(
+                "fma.rn.sat.f32 $0, $1, 0f3E2AAAAB, 0f3F000000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            x = x * _clamp6(x + 3.0) * (1.0 / 6.0)
     elif ACTIVATION == "hardsigmoid":
         x = _clamp6(x + 3.0) * (1.0 / 6.0)
     elif ACTIVATION == "silu":

@@ -194,6 +194,8 @@ def launch_options() -> dict[str, bool]:
     return {"DEPENDENT": True, "launch_pdl": True} if getattr(_launches, "dependent", False) else {"DEPENDENT": False}
 
 
-def float32_precision() -> str:
+def dot_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies float32: rounded to TF32 where PyTorch's own convolutions may, else as in float32."""
+    if dtype != torch.float32:
+        return "ieee"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"

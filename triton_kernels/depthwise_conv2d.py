@@ -375,7 +375,9 @@ def depthwise_conv2d(
     channels_last = is_channels_last(out)
     input = arrange(input, channels_last)
     _, out_channels, out_h, out_w = out.shape
-    tile = depthwise_tile(channels_last, input.element_size(), out.shape, (kernel_h, kernel_w), stride)
+    tile = depthwise_tile(
+        chip_of(input), channels_last, input.element_size(), tuple(out.shape), (kernel_h, kernel_w), stride
+    )
     sums = None
     if with_sums:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -406,6 +408,7 @@ def depthwise_conv2d(
                 PATCHES=tile.patches,
                 BLOCK_C=tile.channels,
                 num_warps=tile.warps,
+                **({} if tile.registers is None else {"maxnreg": tile.registers}),
                 **launch_options(),
             )
     return (out, sums) if with_sums else out

@@ -17,7 +17,7 @@ from .activations import activate
 from .common import (
     accumulator,
     arrange,
-    float32_precision,
+    dot_precision,
     launch_options,
     multiple,
     multiples,
@@ -270,7 +270,7 @@ def inverted_residual(
                 EXPAND_ACTIVATION=activations[0],
                 DEPTHWISE_ACTIVATION=activations[1],
                 PROJECT_ACTIVATION=activations[2],
-                PRECISION=float32_precision(),
+                PRECISION=dot_precision(input.dtype),
                 VECTOR_IN=vector_of(True, input),
                 VECTOR_OUT=vector_of(True, *(t for t in (out, residual) if t is not None)),
                 ROWS=tile.rows,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .common import accumulator, float32_precision, launch_options, on_device, wait_for_inputs
+from .common import accumulator, dot_precision, launch_options, on_device, wait_for_inputs
 from .epilogue import epilogue
 from .pool2d import sum_pixels
 from .tiles import chip_of, linear_tile, power_of_2
@@ -96,7 +96,7 @@ def squeeze_excite_gate(
                 _layer[(triton.cdiv(batch, tile.rows) * triton.cdiv(out_channels, tile.out_channels),)](
                     *(x, weight, bias, y, batch, count, in_channels, out_channels, weight.stride(0), divisor),
                     ACTIVATION=activation,
-                    PRECISION=float32_precision(),
+                    PRECISION=dot_precision(weight.dtype),
                     PARTS=min(8, power_of_2(count)),
                     BLOCK_N=tile.rows,
                     BLOCK_K=tile.channels,

@@ -49,6 +49,7 @@ class PatchTile:
     channels: int
     warps: int
     parts: int  # programs an image, of a block of channels
+    registers: int | None = None  # a thread's most: with 168 a multiprocessor holds twelve warps, with more only eight
 
 
 @dataclass(frozen=True)
@@ -82,35 +83,53 @@ def fit(size: int, least: int, most: int) -> int:
 
 
 def depthwise_tile(
-    channels_last: bool, itemsize: int, out_shape: tuple[int, ...], kernel: tuple[int, int], stride: tuple[int, int]
+    chip: Chip,
+    channels_last: bool,
+    itemsize: int,
+    out_shape: tuple[int, ...],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
 ) -> PatchTile:
     """Patches of 4 × 2 outputs: of a 3×3 filter of stride 1 they load, and convert, 3 inputs an output instead of 9.
 
     A 5×5 filter of stride 1 has the most instructions for what it moves, and takes 7 × 2: 4.7 inputs an output instead
-    of 25, and nothing left over on maps of 7, 14, 28 and so on. Of stride 2 it takes 2 × 2: with more rows it spills. A
-    thread has 16 bytes of each pixel where filter and stride are small, else 4 channels: the inputs of a patch's column
-    and the taps take the registers. Of contiguous images it has 4 columns, or 2 of other types than float32, whose
-    neighbours are loaded one by one, of 7 rows: with 4 of float16 the compiler would rather spill than take the
-    registers.
+    of 25, and nothing left over on maps of 7, 14, 28 and so on; so do 3×3 filters on the small ones of these. Of stride
+    2 it takes 2 × 2: with more rows it spills. A thread has 16 bytes of each pixel where filter, stride and patch are
+    small, else 4 channels: the inputs of a patch's column and the taps take the registers. Of contiguous images it has
+    4 columns, or 2 of other types than float32, whose neighbours are loaded one by one, of 7 rows: with 4 of float16
+    the compiler would rather spill than take the registers. Where there would be fewer programs than multiprocessors,
+    they are smaller.
     """
-    _, channels, height, width = out_shape
+    images, channels, height, width = out_shape
     tall = stride == (1, 1) and (not channels_last or (3 < max(kernel) <= 5 and itemsize < 8))
     large_and_apart = channels_last and max(kernel) > 3 and stride != (1, 1)
+    if stride == (1, 1) and max(kernel) <= 5 and height in (7, 14) and itemsize < 8:
+        tall = True
     rows = _even(height, 7 if tall else 2 if large_and_apart else 4)
     strips = -(-height // rows)
     if channels_last:
-        elements = min(8 if stride == (1, 1) and max(kernel) <= 3 else 4, 16 // itemsize)
-        # With as many channels as threads, taps would go from thread to thread through shared memory.
-        columns = 2 if strips * -(-width // 2) > elements else 1
+        elements = min(8 if stride == (1, 1) and max(kernel) <= 3 and not tall else 4, 16 // itemsize)
+        columns = min(2, width)
         block_c = fit(channels, 32 // itemsize, 128 // itemsize)
+        if channels % block_c and channels % (block_c // 2) == 0 and block_c * itemsize >= 128:
+            block_c //= 2
         patches = fit(strips * -(-width // columns), 1, max(1, 128 * elements // block_c))
+        blocks = images * -(-channels // block_c)
+        while patches * block_c > 32 * elements and blocks * -(-strips * -(-width // columns) // patches) < (
+            chip.multiprocessors
+        ):
+            patches //= 2
         parts = -(-strips * -(-width // columns) // patches)
     else:
         elements, columns = 4 if itemsize == 4 else 2, 1
         patches = fit(width, 4, 128)
         block_c = fit(channels, 1, max(1, 128 * elements // patches))
         parts = strips * -(-width // patches)
-    return PatchTile(rows, columns, patches, block_c, _warps(patches * block_c, elements), parts)
+    warps = _warps(patches * block_c, elements)
+    if channels_last and warps > 1 and block_c == 32 * warps:
+        warps *= 2  # with as many channels as threads, taps would go from thread to thread through shared memory
+    registers = 168 if large_and_apart and itemsize < 8 else None
+    return PatchTile(rows, columns, patches, block_c, warps, parts, registers)
 
 
 def depthwise_backward_tile(
@@ -171,20 +190,29 @@ def pointwise_tile(
     else:
         block_n = min((128, 64), key=lambda block: -(-out_channels // block) * block)
     block_k = min(max(16, power_of_2(channels)), 256 // itemsize if itemsize < 8 else 16)
-    if channels > block_k:
-        block_k = fit(channels, 16, 128 // itemsize)
+    loops = channels > block_k
+    if loops:
+        block_k = 128 // itemsize
     out_blocks = -(-out_channels // block_n)
-    block_m = 32 if itemsize == 8 else 128 if max(block_n, block_k) <= 64 else 64
+    large = itemsize == 2 and loops and block_n == 128  # 64 sums a thread of eight warps
+    block_m = 32 if itemsize == 8 else 128 if max(block_n, block_k) <= 64 or large else 64
     while block_m > 16 and (
         images * -(-pixels // block_m) * out_blocks < chip.multiprocessors or block_m >= 2 * pixels
     ):
         block_m //= 2
+    stages = 3
+    if itemsize < 8 and images * -(-pixels // block_m) * out_blocks < chip.multiprocessors:
+        # Too few programs to keep the memory busy: each is to wait for it once or twice.
+        while block_n > 16 and images * -(-pixels // block_m) * out_blocks < chip.multiprocessors:
+            block_n //= 2
+            out_blocks = -(-out_channels // block_n)
+        block_k, stages = min(max(16, power_of_2(channels)), 512 // itemsize), 4
     # At most 64 bytes a thread of input, weights and what comes out: more spills.
     warps = 4 if max(block_m * block_n, block_m * block_k, block_n * block_k) * itemsize <= 8192 else 8
     blocks = images * -(-pixels // block_m)
     # Programs that keep their weights take several blocks of pixels, as many as make four programs a multiprocessor.
     programs = min(blocks, max(1, 4 * chip.multiprocessors // out_blocks)) if channels <= block_k else blocks
-    return ProductTile(block_m, block_n, block_k, warps, 3, max(1, programs) * out_blocks)
+    return ProductTile(block_m, block_n, block_k, warps, stages, max(1, programs) * out_blocks)
 
 
 @dataclass(frozen=True)
@@ -202,11 +230,13 @@ def linear_tile(chip: Chip, itemsize: int, images: int, channels: int, out_chann
     """What takes the time is the way to the memory and back, once for each turn of the loop over input channels, not
     products: many channels at a time, and as many programs as there are multiprocessors.
     """
-    block_k = min(max(16, power_of_2(channels)), 512 // itemsize)
+    block_k = min(max(16, power_of_2(channels)), 256 // itemsize)
     block_o = min(64, max(16, power_of_2(out_channels))) if itemsize < 8 else 16
     while block_o > 16 and -(-images // 16) * -(-out_channels // block_o) < chip.multiprocessors:
         block_o //= 2
-    return LinearTile(16, block_o, block_k, 4 if block_o * block_k >= 4096 else 2, 2)
+    if block_o <= 16:
+        block_k = min(max(16, power_of_2(channels)), 512 // itemsize)
+    return LinearTile(16, block_o, block_k, 4 if block_o * block_k >= 4096 else 2, 3)
 
 
 def conv2d_tile(

@@ -269,7 +269,7 @@ def build(graph: Graph, weights: CudaWeights, device: torch.device, limits: Limi
 
 
 # Of a product within a fused block: all of these channels are in registers at once.
-_MOST_BLOCK_CHANNELS = 128
+_MOST_BLOCK_CHANNELS = 64
 
 
 def _fastest(

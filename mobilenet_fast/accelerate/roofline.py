@@ -17,17 +17,21 @@ from .passes import is_depthwise
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a GPU. Bytes, multiply-adds and instructions of single threads a second; the defaults are an H100's."""
+    """Of a GPU, as far as the kernels here reach it. Bytes, multiply-adds and instructions of single threads a second;
+    the defaults are an H100's.
+    """
 
-    copy_bytes: float = 3.0e12
-    """What a copy between two tensors in memory reaches, reads and writes together."""
-    l2_bytes_a_second: float = 5.5e12
+    copy_bytes: float = 2.0e12
+    """Reads and writes together: two thirds of what a copy between two tensors in memory reaches."""
+    l2_bytes_a_second: float = 3.7e12
     l2_bytes: int = 50 * 2**20
     half_macs: float = 330e12
     """On tensor cores, two thirds of the nominal 495, as large products reach."""
     tf32_macs: float = 165e12
-    instructions: float = 28e12
-    """132 multiprocessors of 128 lanes at 1.7 GHz."""
+    instructions: float = 15e12
+    """132 multiprocessors of 128 lanes at 1.75 GHz, half of the time: registers leave room for eight or twelve warps,
+    which all wait at times.
+    """
     multiprocessors: int = 132
     launch_seconds: float = 1.5e-6
     """From the end of one kernel to the start of the next in a CUDA graph."""
@@ -36,26 +40,30 @@ class Limits:
 
 
 H100 = Limits()
-A100 = Limits(1.6e12, 3.0e12, 40 * 2**20, 104e12, 52e12, 9.7e12, 108, load_seconds=0.9e-6)
+H200 = Limits(2.8e12)
+A100 = Limits(1.1e12, 2.0e12, 40 * 2**20, 104e12, 52e12, 5.4e12, 108, load_seconds=0.9e-6)
 
 
 def limits_of(device: torch.device) -> Limits:
     """Those of the chip of the table that is most like the device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0):
+    if device.type != "cuda":
         return H100
-    return A100
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return A100
+    # Newer ones have at least an H200's memory.
+    return H100 if "H100" in torch.cuda.get_device_name(device) else H200
 
 
-# Instructions that a thread issues for each element, counted in the kernels as compiled for sm_90 (float16): a bias, an
-# activation, a conversion and a share of the pointers.
-_EPILOGUE = 10
-# For each tap: the multiply-add, and a share of the loads, conversions and pointers of what it reads. (3 × 3: 20 in all
-# without activation, 5 × 5: 43, 7 × 7: 85.)
+# Instructions that threads issue for each element, as an H200 counted them (float16, MobileNetV3-Large at batch 256;
+# what programs have too many is in): a bias, an activation, a conversion and a share of the pointers.
+_EPILOGUE = 14
+# For each tap: the multiply-add, and a share of the loads, conversions and pointers of what it reads.
 _TAP = 1.5
-# In a fused block, which loads each column anew for every tap.
-_TAP_OF_BLOCK = 2.1
-# For each element that a fused block expands anew: activation, two conversions, the border's zero, the multiply-add.
-_EXPANDED = 9
+# In a block without an expansion, which loads and converts each column anew for every tap.
+_TAP_OF_BLOCK = 6.5
+# For each element that a fused block expands anew: the product's operands and result, activation, two conversions, the
+# border's zero, the multiply-add.
+_EXPANDED = 15
 
 
 @dataclass(frozen=True)
@@ -130,13 +138,16 @@ def _block(node: Node) -> tuple[float, float, float, int, int]:
     a, (n, out_channels, h, w) = node.attrs, node.shape
     (kernel_h, kernel_w), stride = a["kernel"], a["stride"][0]
     pixels, hidden = n * h * w, a["hidden"]
-    instructions = pixels * hidden * (_TAP_OF_BLOCK * kernel_h * kernel_w + _EPILOGUE)
+    tap = _TAP if a["expand"] else _TAP_OF_BLOCK
+    instructions = pixels * hidden * (tap * kernel_h * kernel_w + _EPILOGUE)
     macs = 0.0
     if a["expand"]:
         # Each tap expands its pixels anew, for the rows of an output that share them.
         anew = kernel_w * ((rows - 1) * stride + kernel_h) / rows
         macs += pixels * hidden * anew * max(16, node.inputs[0].shape[1])
-        instructions += pixels * hidden * anew * _EXPANDED
+        instructions += pixels * hidden * anew * _EXPANDED * (-(-w // columns) * columns / w)
+    # Of what taps expand, registers hold some four at a time.
+    loads = max(1, kernel_w * ((rows - 1) * stride + kernel_h) // 4) if a["expand"] else 1
     turns, programs = -(-hidden // 16), n * -(-h // rows) * -(-w // columns)
     again = ((rows - 1) * stride + kernel_h) / (rows * stride) * torch.Size(node.inputs[0].shape).numel()
     if a["project"]:
@@ -144,4 +155,4 @@ def _block(node: Node) -> tuple[float, float, float, int, int]:
         instructions += pixels * out_channels * _EPILOGUE
     else:
         turns, programs = 1, programs * turns
-    return macs, instructions, again, turns, programs
+    return macs, instructions, again, turns * loads, programs
