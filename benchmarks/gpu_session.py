@@ -65,7 +65,7 @@ class Step:
 
 
 STEPS = (
-    *(Step("models", MODEL, ("accelerate", EAGER), batch) for batch in (256, 1, 32)),
+    *(Step("models", MODEL, ("accelerate", EAGER), batch, limit=100) for batch in (256, 1, 32)),
     *(Step("layers", case, (OURS, EAGER), 128) for case in DEPTHWISE),
     *(Step("layers", case, ("functional", "eager"), batch, "fp32") for case, batch in LARGE),
     *(Step("layers", case, (OURS, EAGER), 128) for case in POINTWISE),
@@ -86,13 +86,16 @@ class Clock:
         return self.end - time.monotonic()
 
 
-def run_tests(name: str, arguments: list[str], seconds: float, out: Path) -> dict:
-    """Of one run of pytest: how it ended, its last line, and which tests failed; all it printed goes to a file."""
+def run_tests(name: str, arguments: list[str], seconds: float, out: Path, processes: int | None = None) -> dict:
+    """Of one run of pytest: how it ended, its last line, and which tests failed; all it printed goes to a file. By so
+    many processes, or one a core, up to twelve.
+    """
     log = out / f"tests-{name}.txt"
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "--maxfail=25"]
     command += ["--continue-on-collection-errors", *arguments]
-    if version("pytest-xdist"):  # what the compiler does takes longer than what the GPU does
-        command += ["-n", str(min(12, len(os.sched_getaffinity(0)))), "--dist", "loadgroup"]
+    processes = processes or min(12, len(os.sched_getaffinity(0)))
+    if processes > 1 and version("pytest-xdist"):  # the compiler takes longer than the GPU
+        command += ["-n", str(processes), "--dist", "loadgroup"]
     begin = time.monotonic()
     with log.open("w") as file:
         # A session of its own, so that its end is that of its children as well.
@@ -122,7 +125,11 @@ def run_tests(name: str, arguments: list[str], seconds: float, out: Path) -> dic
 
 
 def start_all(steps: tuple[Step, ...]) -> dict[Step, dict[str, subprocess.Popen]]:
-    """Every peer's process at once, as most of their time goes into imports. What a step fails by, it says itself."""
+    """Every peer's process at once, as most of their time goes into imports. Ours get ready at once as well: what takes
+    long is the compiler; others choose among kernels by timing them, and wait until the device is theirs alone.
+
+    What a step fails by, it says itself.
+    """
     started: dict[Step, dict[str, subprocess.Popen]] = {}
     cases = {}
     for step in steps:
@@ -131,7 +138,8 @@ def start_all(steps: tuple[Step, ...]) -> dict[Step, dict[str, subprocess.Popen]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda case: convert(case, CUDA_PEERS["accelerate"], 1), dict.fromkeys(cases.values())))
     for step, case in cases.items():
-        started[step] = {name: start(case, CUDA_PEERS[name], step.setting) for name in step.peers}
+        peers = [CUDA_PEERS[name] for name in step.peers]
+        started[step] = {peer.name: start(case, peer, step.setting, at_once=peer.ours) for peer in peers}
     return started
 
 

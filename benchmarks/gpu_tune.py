@@ -14,19 +14,23 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from benchmarks.cases import DTYPES
 from benchmarks.gauges import ROOT
 from benchmarks.predict import MODELS
 from mobilenet_fast import models
-from mobilenet_fast.accelerate import cuda
+from mobilenet_fast.accelerate import cuda, roofline
 from mobilenet_fast.accelerate.capture import Capture
 from mobilenet_fast.accelerate.passes import optimise
 from mobilenet_fast.triton_kernels import (
@@ -57,7 +61,10 @@ def _narrow(node: Any) -> Any:
     return node
 
 
-def plan_of(model: str, batch: int, dtype: torch.dtype, device: str, way: str = "planned") -> cuda.CudaPlan:
+def plan_of(
+    model: str, batch: int, dtype: torch.dtype, device: str, way: str = "planned", chip: str | None = None
+) -> cuda.CudaPlan:
+    """``chip``: whose limits decide what is fused; None is the device's own."""
     options = {"aux_logits": False} if model in ("googlenet", "inception_v3") else {}
     torch.manual_seed(0)
     network = models.create_model(model, **options).eval().requires_grad_(False).to(device, dtype)
@@ -68,7 +75,8 @@ def plan_of(model: str, batch: int, dtype: torch.dtype, device: str, way: str = 
     with ExitStack() as stack:
         if WAYS[way] is not None:
             stack.enter_context(mock.patch.object(cuda, "_fastest", WAYS[way]))
-        return cuda.build(graph, cuda.CudaWeights(), torch.device(device))
+        limits = chip and getattr(roofline, chip)
+        return cuda.build(graph, cuda.CudaWeights(), torch.device(device), limits or None)
 
 
 def depthwise_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.PatchTile]:
@@ -271,37 +279,14 @@ def timings_of(model: str, batch: int, dtype: torch.dtype, way: str, sweep: bool
             )
 
 
-def compile_share(jobs: list[tuple[str, int, str, str, bool]], index: int, count: int) -> None:
-    """Compiles every ``count``-th of the kernels that the jobs will run, on CPU tensors that nobody reads."""
-    torch.set_num_threads(1)
-    number = 0
-    for model, batch, dtype, way, sweep in jobs:
-        plan = plan_of(model, batch, DTYPES[dtype], "cpu", way)
-        image = torch.empty(batch, 3, MODELS[model], MODELS[model], dtype=DTYPES[dtype])
-        recording.clear()
-        with without_gpu(), torch.no_grad():
-            for _, _, _, _, call in steps_with_tiles(plan, image, sweep):
-                call()
-        for kernel, args, kwargs in recording:
-            key = f"{kernel._fn_name}{[a if not isinstance(a, torch.Tensor) else a.dtype for a in args]}{kwargs}"
-            if key not in compiled_keys:
-                compiled_keys.add(key)
-                number += 1
-                if number % count == index:
-                    compile_launch(kernel, args, kwargs)
-
-
-recording: list[tuple] = []
-compiled_keys: set[str] = set()
-
-
 class FakeDriver:
-    """What the compiler asks of a GPU that isn't there."""
+    """What Triton's compiler asks of a GPU that isn't there."""
 
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
+    def __init__(self, capability: int = 90):
+        self.target = GPUTarget("cuda", capability, 32)
 
-        return GPUTarget("cuda", 90, 32)
+    def get_current_target(self) -> GPUTarget:
+        return self.target
 
     def get_current_device(self) -> int:
         return 0
@@ -310,46 +295,70 @@ class FakeDriver:
         return 0
 
 
-def without_gpu() -> ExitStack:
-    """Launches on CPU tensors are noted instead of made; dense convolutions of PyTorch are left out."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+# Model, batch, dtype, way of fusing, and whether tiles are swept.
+Job = tuple[str, int, str, str, bool]
+# A kernel with its arguments and options.
+Launch = tuple[JITFunction, tuple, dict]
+_run = JITFunction.run
 
-    def noted(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        recording.append((self, args, kwargs))
+
+@contextmanager
+def noted_launches() -> Iterator[list[Launch]]:
+    """Launches on CPU tensors are noted instead of made; dense convolutions of PyTorch compute nothing."""
+    launches: list[Launch] = []
+
+    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append((kernel, args, options))
 
     def shaped(x: torch.Tensor, weight: torch.Tensor, bias: Any = None, *rest: Any) -> torch.Tensor:
         y = dense(x.to("meta"), weight.to("meta"), None, *rest)
         return torch.empty(y.shape, dtype=y.dtype, memory_format=torch.channels_last)
 
-    dense, stack = torch.nn.functional.conv2d, ExitStack()
-    driver.set_active(FakeDriver())
-    common._launches.dependent = True
-    compile_launch.run = compile_launch.run or JITFunction.run
-    stack.enter_context(mock.patch.object(JITFunction, "run", noted))
-    stack.enter_context(mock.patch.object(torch.nn.functional, "conv2d", shaped))
-    stack.enter_context(mock.patch.object(cuda.operations, "INTERPRETED", True))
-    stack.enter_context(mock.patch.object(tiles, "OTHER", tiles.H100))
-    return stack
+    dense = torch.nn.functional.conv2d
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(torch.nn.functional, "conv2d", shaped),
+        mock.patch.object(cuda.operations, "INTERPRETED", True),
+        mock.patch.object(tiles, "OTHER", tiles.H100),
+        mock.patch.object(common._launches, "dependent", True, create=True),  # as `accelerate` launches
+    ):
+        yield launches
 
 
-def compile_launch(kernel: Any, args: tuple, kwargs: dict) -> None:
+def compile_launch(launch: Launch) -> None:
+    """Into Triton's cache, as the launch on a GPU would; with MOBILENET_FAST_LAUNCHERS what calls it as well."""
+    kernel, args, options = launch
     try:
-        compiled = compile_launch.run(kernel, *args, grid=(1,), warmup=True, **kwargs)
+        compiled = _run(kernel, *args, grid=(1,), warmup=True, **options)
         if os.environ.get("MOBILENET_FAST_LAUNCHERS"):
-            from triton.backends.nvidia.driver import CudaLauncher
-
             CudaLauncher(compiled.src, compiled.metadata)
     except Exception as failure:
-        print(f"{kernel._fn_name} {kwargs}: {type(failure).__name__} {failure}".splitlines()[0], flush=True)
+        print(f"{kernel._fn_name} {options}: {type(failure).__name__} {failure}".splitlines()[0], flush=True)
 
 
-compile_launch.run = None  # what `without_gpu` takes the place of
+def compile_share(jobs: list[Job], chip: str | None, index: int, count: int) -> None:
+    """Compiles every ``count``-th of the kernels that the jobs will run, on CPU tensors that nobody reads."""
+    torch.set_num_threads(1)
+    driver.set_active(FakeDriver())
+    found: dict[str, Launch] = {}
+    for model, batch, dtype, way, sweep in jobs:
+        plan = plan_of(model, batch, DTYPES[dtype], "cpu", way, chip)
+        image = torch.empty(batch, 3, MODELS[model], MODELS[model], dtype=DTYPES[dtype])
+        with noted_launches() as launches, torch.no_grad():
+            for *_, call in steps_with_tiles(plan, image, sweep):
+                call()
+        for kernel, args, options in launches:
+            kinds = [a.dtype if isinstance(a, torch.Tensor) else a for a in args]
+            # Of tensors nothing but their dtype is asked, as all of them are aligned.
+            empty = tuple(torch.empty(0, dtype=a.dtype) if isinstance(a, torch.Tensor) else a for a in args)
+            found.setdefault(f"{kernel._fn_name}{kinds}{options}", (kernel, empty, options))
+    for launch in [*found.values()][index::count]:
+        compile_launch(launch)
 
 
-def compile_all(jobs: list, processes: int) -> None:
+def compile_all(jobs: list[Job], chip: str | None, processes: int) -> None:
     context = multiprocessing.get_context("spawn")
-    running = [context.Process(target=compile_share, args=(jobs, i, processes)) for i in range(processes)]
+    running = [context.Process(target=compile_share, args=(jobs, chip, i, processes)) for i in range(processes)]
     for process in running:
         process.start()
     for process in running:
@@ -385,6 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-sweep", action="store_true", help="only the tiles that are chosen")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="of fusing blocks")
     parser.add_argument("--compile", action="store_true", help="only compile")
+    parser.add_argument("--chip", choices=("H100", "H200"), help="for which fused blocks are chosen while compiling")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=folder / "gpu_tune.csv")
@@ -397,7 +407,7 @@ def main(arguments: list[str] | None = None) -> int:
         for way in options.ways
     ]
     if options.processes:
-        compile_all(jobs, options.processes)
+        compile_all(jobs, options.chip, options.processes)
     if options.compile:
         return 0
     timings = []

@@ -113,8 +113,9 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 HEAD = f"""# What an H100 should take
 
-**Predictions, no measurements**: no GPU has run these networks yet. Made by `python -m benchmarks.predict`; every step
-is in [gpu_predictions.csv](gpu_predictions.csv).
+**Predictions, no measurements.** Made by `python -m benchmarks.predict`; every step is in
+[gpu_predictions.csv](gpu_predictions.csv). Their constants are fitted to one run of MobileNetV3-Large on an H200
+([gpu.md](gpu.md)), whose memory is faster; the other networks have not been timed.
 
 Half precision, the steps that `accelerate` plans for CUDA, all of them in one CUDA graph, without the copies of inputs
 and outputs. A step takes {1e6 * H100.launch_seconds:.1f} µs, and the longest of these:
@@ -123,7 +124,7 @@ and outputs. A step takes {1e6 * H100.launch_seconds:.1f} µs, and the longest o
   {H100.l2_bytes / 2**21:.0f} MiB, half of the L2 cache, and what a fused block reads again, at
   {H100.l2_bytes_a_second / 1e12:.1f} TB/s;
 - *tensor cores*: multiply-adds of products at {2 * H100.half_macs / 1e12:.0f} TFLOP/s;
-- *instructions* of threads, counted in the compiled kernels, at {H100.instructions / 1e12:.0f} · 10¹² a second;
+- *instructions* of threads, as a GPU's counters had them, at {H100.instructions / 1e12:.0f} · 10¹² a second;
 - *latency*: {1e6 * H100.load_seconds:.1f} µs each time that a program loads and works before it can load again.
 """
 

@@ -89,10 +89,10 @@ def convert(case: Case, peer: Peer, batch: int) -> str | None:
     return f"conversion: {lines[-1]}"
 
 
-def start(case: Case, peer: Peer, setting: Setting) -> subprocess.Popen:
-    """A peer's process, which imports what it needs and then waits to be asked."""
+def start(case: Case, peer: Peer, setting: Setting, at_once: bool = False) -> subprocess.Popen:
+    """A peer's process, which imports what it needs and waits to be asked to get ready, or does so ``at_once``."""
     arguments = [case.suite, case.name, peer.name, json.dumps(asdict(setting))]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -101,6 +101,10 @@ def start(case: Case, peer: Peer, setting: Setting) -> subprocess.Popen:
         env=environment(setting.threads),
         cwd=ROOT,
     )
+    process.asked = at_once
+    if at_once:
+        print(json.dumps({"prepare": True}), file=process.stdin, flush=True)
+    return process
 
 
 class Worker:
@@ -119,7 +123,7 @@ class Worker:
     ):
         self.peer, self.limit = peer, limit
         self.process = process or start(case, peer, setting)
-        self.facts = self.ask(prepare=True)
+        self.facts = self.answer() if self.process.asked else self.ask(prepare=True)
 
     def answer(self) -> dict:
         # It answers line by line, so that none can be left in the buffer of what is waited for.

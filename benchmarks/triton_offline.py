@@ -99,10 +99,15 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
-def compile_for(launch: Launch, capability: int, *, count: bool = False) -> Resources:
-    """Compiles the launch for chips of this compute capability; ``count``: its instructions, which takes a second."""
+def compiled_for(launch: Launch, capability: int) -> triton.compiler.CompiledKernel:
+    """The launch's kernel for chips of this compute capability."""
     source = ASTSource(launch.kernel, *specialise(launch))
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def compile_for(launch: Launch, capability: int, *, count: bool = False) -> Resources:
+    """What the compiler made of it; ``count``: the instructions too, which takes a second."""
+    compiled = compiled_for(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -309,7 +314,7 @@ def page(table: list[Row], compiled: dict[tuple[int, int], Resources], capabilit
             lines[-1] += f" {_cell(r, capability)} |" if r else " |"
     spills = sum(r.spilled_bytes > 0 for r in compiled.values())
     too_much = sum(r.shared_bytes > CHIPS[c].shared_bytes for (_, c), r in compiled.items())
-    made = f"No GPU has run them yet. Made by `python -m benchmarks.triton_offline`, triton {triton.__version__}."
+    made = f"Made by `python -m benchmarks.triton_offline`, triton {triton.__version__}."
     units = (
         "Loads and stores in bytes a thread; then registers · bytes of shared memory · resident warps. "
         f"In all, of {len(compiled)}: {spills} with spills, {too_much} with more shared memory than there is."

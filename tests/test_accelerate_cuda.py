@@ -348,6 +348,7 @@ def happened(monkeypatch):
         "device": contextlib.nullcontext,
         "graph_pool_handle": lambda: (0, 1),
         "is_current_stream_capturing": lambda: False,
+        "get_device_capability": lambda device: (8, 0),
     }.items():
         monkeypatch.setattr(torch.cuda, name, other)
     return happened
@@ -362,8 +363,17 @@ def test_what_is_recorded(happened, monkeypatch):
     (entry,) = fast._plans.values()
     monkeypatch.setattr(entry.plan, "device", SimpleNamespace(type="cuda"))
     monkeypatch.setattr(torch.cuda.CUDAGraph, "plan", entry.plan, raising=False)
+    execute, fills = entry.plan.execute, []
+
+    def noted(tensors):
+        fills.append(torch.utils.deterministic.fill_uninitialized_memory)
+        return execute(tensors)
+
+    monkeypatch.setattr(entry.plan, "execute", noted)
     with torch.inference_mode():
         first = fast(x)
+    # What fills new tensors in PyTorch's deterministic mode is not recorded: a replay would fill the inputs.
+    assert fills[:2] == [True, False] and torch.utils.deterministic.fill_uninitialized_memory
     assert happened == ["wait for stream", "wait for stream", "capture", "wait for event", "replay", "record"]
     with torch.no_grad():
         second = fast(2 * x)

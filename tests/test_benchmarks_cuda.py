@@ -42,7 +42,7 @@ def fake(monkeypatch):
     for module in (gauges, report):
         monkeypatch.setattr(module, "gpu_process", lambda: fake_gpu.gpu_process)
     monkeypatch.setattr(command, "has_gpu", lambda: True)
-    monkeypatch.setattr(gpu_session, "start", lambda *peer: SimpleNamespace(kill=lambda: None))
+    monkeypatch.setattr(gpu_session, "start", lambda *peer, at_once: SimpleNamespace(kill=lambda: None))
 
 
 @pytest.fixture(autouse=True)
@@ -513,7 +513,7 @@ def test_all_steps_of_a_session_are_of_cases_and_peers():
 def test_tests_of_a_session(body, seconds, status, summary, tmp_path):
     file = tmp_path / "test_it.py"
     file.write_text(f"import time\n\n\ndef test():\n    {body}\n")
-    found = gpu_session.run_tests("it", [str(file)], seconds, tmp_path)
+    found = gpu_session.run_tests("it", [str(file)], seconds, tmp_path, processes=1)
     assert found["status"] == status and found["summary"].startswith(summary) and found["seconds"] < 60
     assert bool(found["failures"]) == body.startswith("assert 0")
 

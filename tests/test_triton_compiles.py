@@ -9,7 +9,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
-from benchmarks.triton_offline import CHIPS, DTYPES, compile_all, compile_for, layers, page, record, rows  # noqa: E402
+from benchmarks.triton_offline import (  # noqa: E402
+    CHIPS,
+    DTYPES,
+    compile_all,
+    compile_for,
+    compiled_for,
+    layers,
+    page,
+    record,
+    rows,
+)
+from mobilenet_fast import triton_kernels  # noqa: E402
+from mobilenet_fast.triton_kernels.common import dependent_launches, launch_options  # noqa: E402
 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
@@ -26,10 +38,47 @@ def test_kernels_compile(dtype, channels_last):
             assert resources.shared_bytes <= CHIPS[90].shared_bytes, what
             wide = ("depthwise_conv2d_forward", "conv2d_forward", "pool2d_forward") if channels_last else ()
             if launch.name in (*wide, "epilogue_forward") and dtype is torch.float16:
-                # Large depthwise filters leave registers for 4 channels; a stem's three are loaded one by one.
-                vector = 8 if launch.name == "depthwise_conv2d_forward" and "5 × 5" in label else 16
+                # Large depthwise filters and tall patches leave registers for 4 channels; a stem's three are loaded one
+                # by one.
+                few = launch.name == "depthwise_conv2d_forward" and ("5 × 5" in label or launch.arguments["ROWS"] == 7)
+                vector = 8 if few else 16
                 assert resources.load_bytes == vector or label.startswith("3 →"), what
                 assert resources.store_bytes == vector, what
+
+
+def image(*shape):
+    return torch.empty(shape, dtype=torch.float16, device="meta").to(memory_format=torch.channels_last)
+
+
+def test_inputs_that_no_tap_meets():
+    """Rows and columns that a stride leaves out, which an interpreter does not mind."""
+    weight = torch.empty(16, 1, 2, 1, device="meta")
+    for stride, dilation in (((3, 2), (1, 1)), ((1, 1), (3, 1)), ((3, 3), (5, 1))):
+        (launch,) = record(
+            lambda s=stride, d=dilation: triton_kernels.depthwise_conv2d(
+                image(2, 16, 30, 30), weight, None, s, (0, 0), d
+            ),
+            90,
+        )
+        assert compile_for(launch, 90).spilled_bytes == 0
+
+
+def test_dependent_launches(monkeypatch):
+    """Kernels wait for those before them once they have read their weights, where a network's launches ask for it."""
+    assert launch_options() == {"DEPENDENT": False}
+    for capability, dependent in (((9, 0), True), ((8, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        with dependent_launches(torch.device("cuda")):
+            assert launch_options().get("launch_pdl", False) == dependent
+            weight = torch.empty(32, 64, 1, 1, dtype=torch.float16, device="meta")
+            (launch,) = record(lambda w=weight: triton_kernels.pointwise_conv2d(image(2, 64, 14, 14), w), 90)
+        assert launch_options() == {"DEPENDENT": False}
+        lines = [line.strip() for line in compiled_for(launch, 90).asm["ptx"].splitlines()]
+        waits = [i for i, line in enumerate(lines) if line.startswith("griddepcontrol.wait")]
+        assert len(waits) == dependent
+        if dependent:
+            assert any("ld.global" in line for line in lines[: waits[0]])
+            assert not any("cp.async" in line for line in lines[: waits[0]])
 
 
 def test_page_has_a_row_a_kernel_and_a_column_an_architecture():

@@ -97,7 +97,7 @@ def squeeze_excite_gate(
                     *(x, weight, bias, y, batch, count, in_channels, out_channels, weight.stride(0), divisor),
                     ACTIVATION=activation,
                     PRECISION=dot_precision(weight.dtype),
-                    PARTS=min(8, power_of_2(count)),
+                    PARTS=min(4, power_of_2(count)),
                     BLOCK_N=tile.rows,
                     BLOCK_K=tile.channels,
                     BLOCK_O=tile.out_channels,

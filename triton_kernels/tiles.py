@@ -1,7 +1,8 @@
 """How large a piece of its work each program of a kernel takes: one function an operation, of shapes alone.
 
 Elements a thread holds, and so registers, follow from the tile: ``rows * columns * channels / (32 * warps)`` sums.
-The rules come from counting (bytes a load, sectors of 32 bytes, registers); no GPU has been asked yet.
+The rules come from counting (bytes a load, sectors of 32 bytes, registers), and in float16 from what an H200 showed
+(docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -93,19 +94,20 @@ def depthwise_tile(
     """Patches of 4 × 2 outputs: of a 3×3 filter of stride 1 they load, and convert, 3 inputs an output instead of 9.
 
     A 5×5 filter of stride 1 has the most instructions for what it moves, and takes 7 × 2: 4.7 inputs an output instead
-    of 25, and nothing left over on maps of 7, 14, 28 and so on; so do 3×3 filters on the small ones of these. Of stride
-    2 it takes 2 × 2: with more rows it spills. A thread has 16 bytes of each pixel where filter, stride and patch are
-    small, else 4 channels: the inputs of a patch's column and the taps take the registers. Of contiguous images it has
-    4 columns, or 2 of other types than float32, whose neighbours are loaded one by one, of 7 rows: with 4 of float16
-    the compiler would rather spill than take the registers. Where there would be fewer programs than multiprocessors,
-    they are smaller.
+    of 25, and nothing left over on maps of 7, 14, 28 and so on (in float32 5 × 2, as more spills); so do 3×3 filters on
+    the small ones of these. Of stride 2 it takes 2 × 2: with more rows it spills. A thread has 16 bytes of each pixel
+    where filter, stride and patch are small, else 4 channels: the inputs of a patch's column and the taps take the
+    registers. Of contiguous images it has 4 columns, or 2 of other types than float32, whose neighbours are loaded one
+    by one, of 7 rows: with 4 of float16 the compiler would rather spill than take the registers. Where there would be
+    fewer programs than multiprocessors, they are smaller.
     """
     images, channels, height, width = out_shape
     tall = stride == (1, 1) and (not channels_last or (3 < max(kernel) <= 5 and itemsize < 8))
     large_and_apart = channels_last and max(kernel) > 3 and stride != (1, 1)
     if stride == (1, 1) and max(kernel) <= 5 and height in (7, 14) and itemsize < 8:
         tall = True
-    rows = _even(height, 7 if tall else 2 if large_and_apart else 4)
+    tallest = 5 if channels_last and max(kernel) > 3 and itemsize > 2 else 7
+    rows = _even(height, tallest if tall else 2 if large_and_apart else 4)
     strips = -(-height // rows)
     if channels_last:
         elements = min(8 if stride == (1, 1) and max(kernel) <= 3 and not tall else 4, 16 // itemsize)
@@ -236,7 +238,7 @@ def linear_tile(chip: Chip, itemsize: int, images: int, channels: int, out_chann
         block_o //= 2
     if block_o <= 16:
         block_k = min(max(16, power_of_2(channels)), 512 // itemsize)
-    return LinearTile(16, block_o, block_k, 4 if block_o * block_k >= 4096 else 2, 3)
+    return LinearTile(16, block_o, block_k, 4, 3)
 
 
 def conv2d_tile(
@@ -328,5 +330,7 @@ def inverted_residual_tile(
     large = max(kernel) > 3
     columns = fit(width, 16, 16 if large or itemsize == 8 or (channels and out_channels) else 32)
     rows = _even(height, 1 if itemsize == 8 else 2)
-    # One warp: threads of several would wait for each other at every tap, as operands of products pass between them.
-    return BlockTile(rows, columns, max(16, power_of_2(channels)), 1, 16, max(16, power_of_2(out_channels)))
+    # Threads of several warps wait for each other at every tap, as operands of products pass between them; but a single
+    # one has no room for those of float32.
+    warps = 1 if itemsize == 2 else 4
+    return BlockTile(rows, columns, max(16, power_of_2(channels)), warps, 16, max(16, power_of_2(out_channels)))
