@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -139,8 +140,18 @@ def start_all(steps: tuple[Step, ...]) -> dict[Step, dict[str, subprocess.Popen]
         list(pool.map(lambda case: convert(case, CUDA_PEERS["accelerate"], 1), dict.fromkeys(cases.values())))
     for step, case in cases.items():
         peers = [CUDA_PEERS[name] for name in step.peers]
-        started[step] = {peer.name: start(case, peer, step.setting, at_once=peer.ours) for peer in peers}
+        with suppress(OSError):
+            started[step] = {peer.name: start(case, peer, step.setting, at_once=peer.ours) for peer in peers}
     return started
+
+
+def wait_for_answers(started: dict[Step, dict[str, subprocess.Popen]], seconds: float) -> None:
+    """Until those that get ready at once are, so that nothing else runs while rows are timed; no longer than that."""
+    end = time.monotonic() + seconds
+    for processes in started.values():
+        for process in processes.values():
+            if getattr(process, "asked", False):
+                select.select([process.stdout], [], [], max(0, end - time.monotonic()))
 
 
 def rows_of(
@@ -220,6 +231,7 @@ def session(out: Path, seconds: float, steps: tuple[Step, ...] = STEPS, with_tes
         tests.append(attempt(lambda n=name, a=arguments, s=share: run_tests(n, a, s * seconds, out)) | {"name": name})
         save(out, facts, tests, results)
         yield f"{name} tests: {tests[-1]}"
+    wait_for_answers(started, min(120, clock.left() / 2))
     for step in steps:
         rows = rows_of(step, clock, started.get(step, {}))
         results.append(rows)

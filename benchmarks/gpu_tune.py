@@ -320,7 +320,8 @@ def noted_launches() -> Iterator[list[Launch]]:
         mock.patch.object(torch.nn.functional, "conv2d", shaped),
         mock.patch.object(cuda.operations, "INTERPRETED", True),
         mock.patch.object(tiles, "OTHER", tiles.H100),
-        mock.patch.object(common._launches, "dependent", True, create=True),  # as `accelerate` launches
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
+        common.dependent_launches(torch.device("cuda")),  # as `accelerate` launches
     ):
         yield launches
 

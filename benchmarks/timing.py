@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from benchmarks.cases import Case, Setting
@@ -103,7 +104,8 @@ def start(case: Case, peer: Peer, setting: Setting, at_once: bool = False) -> su
     )
     process.asked = at_once
     if at_once:
-        print(json.dumps({"prepare": True}), file=process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended, which its answer will say
+            print(json.dumps({"prepare": True}), file=process.stdin, flush=True)
     return process
 
 

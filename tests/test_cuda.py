@@ -445,6 +445,24 @@ def test_fused_blocks_of_more_elements_than_32_bits_count():
 
 
 @needs_gpu
+@pytest.mark.xdist_group("all of the memory")
+def test_a_stem_of_more_pixels_than_32_bits_count():
+    from mobilenet_fast import triton_kernels as kernels
+
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    x = torch.empty((2050, 1, 1024, 1024), dtype=torch.float16, device=DEVICE).normal_()
+    weight = operand((1, 1, 3, 3), dtype=x.dtype).to(DEVICE)
+
+    def call(x):
+        window = ((1, 1), (1, 1), (1, 1))
+        return kernels.conv2d(x, kernels.pack_conv2d(weight), None, (3, 3), *window, "none", out=torch.empty_like(x))
+
+    torch.testing.assert_close(call(x)[-1:], call(x[-1:].clone()))
+
+
+@needs_gpu
+@pytest.mark.xdist_group("all of the memory")
 def test_a_stem_of_a_huge_transposed_view():
     """Columns lie so far apart that 32 bits do not count how far."""
     from mobilenet_fast import triton_kernels as kernels

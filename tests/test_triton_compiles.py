@@ -21,6 +21,7 @@ from benchmarks.triton_offline import (  # noqa: E402
     rows,
 )
 from mobilenet_fast import triton_kernels  # noqa: E402
+from mobilenet_fast.triton_kernels import tiles  # noqa: E402
 from mobilenet_fast.triton_kernels.common import dependent_launches, launch_options  # noqa: E402
 
 
@@ -50,6 +51,18 @@ def image(*shape):
     return torch.empty(shape, dtype=torch.float16, device="meta").to(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("itemsize", (2, 4))
+@pytest.mark.parametrize("multiprocessors", (20, 58, 128))
+def test_products_fit_the_shared_memory_of_small_chips(multiprocessors, itemsize):
+    chip = tiles.Chip("small", multiprocessors, 99 * 1024)
+    for images, pixels in ((1, 1), (1, 49), (1, 196), (1, 64), (4, 196), (8, 196), (1, 1568), (32, 3136)):
+        for channels in (16, 72, 120, 240, 480, 672, 960, 1280):
+            for out_channels in (16, 24, 40, 112, 160, 672, 1000, 1280):
+                tile = tiles.pointwise_tile(chip, itemsize, images, pixels, channels, out_channels)
+                stage = (tile.pixels + tile.out_channels) * tile.channels * itemsize
+                assert (tile.stages - 1) * stage <= chip.shared_bytes, tile
+
+
 def test_inputs_that_no_tap_meets():
     """Rows and columns that a stride leaves out, which an interpreter does not mind."""
     weight = torch.empty(16, 1, 2, 1, device="meta")
@@ -65,11 +78,15 @@ def test_inputs_that_no_tap_meets():
 
 def test_dependent_launches(monkeypatch):
     """Kernels wait for those before them once they have read their weights, where a network's launches ask for it."""
-    assert launch_options() == {"DEPENDENT": False}
+    with dependent_launches(torch.device("cuda")):
+        assert launch_options() == {"DEPENDENT": False}
+    monkeypatch.setenv("MOBILENET_FAST_DEPENDENT_LAUNCHES", "1")
     for capability, dependent in (((9, 0), True), ((8, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         with dependent_launches(torch.device("cuda")):
             assert launch_options().get("launch_pdl", False) == dependent
+            with dependent_launches(None):  # PyTorch's own steps
+                assert launch_options() == {"DEPENDENT": False}
             weight = torch.empty(32, 64, 1, 1, dtype=torch.float16, device="meta")
             (launch,) = record(lambda w=weight: triton_kernels.pointwise_conv2d(image(2, 64, 14, 14), w), 90)
         assert launch_options() == {"DEPENDENT": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -177,12 +178,16 @@ _launches = threading.local()
 
 
 @contextmanager
-def dependent_launches(device: torch.device) -> Iterator[None]:
-    """Within it kernels begin while those before them still run, and wait for these once they have read weights and
-    computed addresses: programmatic dependent launch, of GPUs that have it. Nothing in it may write to weights.
+def dependent_launches(device: torch.device | None) -> Iterator[None]:
+    """Within it kernels begin while those before them still run, and wait for these once they have computed addresses
+    and read what weights they keep: programmatic dependent launch, of GPUs that have it. Nothing in it may write to
+    weights. Without a device: they do not, in the middle of the others.
+
+    Only if MOBILENET_FAST_DEPENDENT_LAUNCHES is 1: no GPU has been asked yet what it gains, and whether all is right.
     """
     before = getattr(_launches, "dependent", False)
-    _launches.dependent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    wanted = os.environ.get("MOBILENET_FAST_DEPENDENT_LAUNCHES") == "1" and device is not None and device.type == "cuda"
+    _launches.dependent = wanted and torch.cuda.get_device_capability(device) >= (9, 0)
     try:
         yield
     finally:

@@ -112,8 +112,9 @@ def _forward(
         column = block % pixel_blocks * BLOCK_M + pixel
         pixels_here = column < out_width
         left = column * STRIDE_W - PADDING_W
-        image = row * out_width // pixels
-        first = row * out_width % pixels + block % pixel_blocks * BLOCK_M
+        pixel_of_row = tl.cast(row, tl.int64) * out_width
+        image = pixel_of_row // pixels
+        first = pixel_of_row % pixels + block % pixel_blocks * BLOCK_M
     else:
         pixel_blocks = tl.cdiv(pixels, BLOCK_M)
         image = block // pixel_blocks

@@ -106,7 +106,9 @@ def _forward(
             pointers = block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST)
             x = tl.load(pointers, inputs_here, 0.0)
             if gate_ptr is not None:
-                gate = tl.load(gate_ptr + image * channels + channel, channel < channels, 0.0)[None, :]
+                gate = tl.load(gate_ptr + tl.cast(image, tl.int64) * channels + channel, channel < channels, 0.0)[
+                    None, :
+                ]
                 x = x * gate if x.dtype != tl.bfloat16 else (x.to(ACC) * gate.to(ACC)).to(x.dtype)
             if not ONE_K:
                 weights_here = (channel < channels)[:, None] & out_here[None, :]

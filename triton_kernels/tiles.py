@@ -209,6 +209,8 @@ def pointwise_tile(
             block_n //= 2
             out_blocks = -(-out_channels // block_n)
         block_k, stages = min(max(16, power_of_2(channels)), 512 // itemsize), 4
+        while block_k > 32 and (stages - 1) * (block_m + block_n) * block_k * itemsize > chip.shared_bytes // 2:
+            block_k //= 2
     # At most 64 bytes a thread of input, weights and what comes out: more spills.
     warps = 4 if max(block_m * block_n, block_m * block_k, block_n * block_k) * itemsize <= 8192 else 8
     blocks = images * -(-pixels // block_m)

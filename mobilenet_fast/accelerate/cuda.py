@@ -232,7 +232,9 @@ class _Recorded:
 
 @contextmanager
 def _nothing_filled() -> Iterator[None]:
-    """PyTorch's deterministic mode fills new tensors: recorded, that would write over the inputs at each replay."""
+    """PyTorch's deterministic mode fills new tensors: recorded, that would write over the inputs at each replay. (The
+    setting is that of all threads.)
+    """
     settings = torch.utils.deterministic
     before = settings.fill_uninitialized_memory
     settings.fill_uninitialized_memory = False
@@ -643,7 +645,10 @@ class _Builder:
             return [given(each, values) for each in value] if isinstance(value, list) else value
 
         def run(values: Values) -> None:
-            values[node] = call_with_schema(call.target, [given(value, values) for value in arguments])
+            from ..triton_kernels.common import dependent_launches
+
+            with dependent_launches(None):  # an operator of ours may have been given computed weights
+                values[node] = call_with_schema(call.target, [given(value, values) for value in arguments])
 
         return run
 

@@ -48,9 +48,9 @@ def limits_of(device: torch.device) -> Limits:
     """Those of the chip of the table that is most like the device."""
     if device.type != "cuda":
         return H100
-    if torch.cuda.get_device_capability(device) < (9, 0):
+    major, _ = torch.cuda.get_device_capability(device)
+    if major not in (9, 10):
         return A100
-    # Newer ones have at least an H200's memory.
     return H100 if "H100" in torch.cuda.get_device_name(device) else H200
 
 
