@@ -139,9 +139,10 @@ def start_all(steps: tuple[Step, ...]) -> dict[Step, dict[str, subprocess.Popen]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda case: convert(case, CUDA_PEERS["accelerate"], 1), dict.fromkeys(cases.values())))
     for step, case in cases.items():
-        peers = [CUDA_PEERS[name] for name in step.peers]
-        with suppress(OSError):
-            started[step] = {peer.name: start(case, peer, step.setting, at_once=peer.ours) for peer in peers}
+        started[step] = {}
+        for peer in map(CUDA_PEERS.__getitem__, step.peers):
+            with suppress(OSError):
+                started[step][peer.name] = start(case, peer, step.setting, at_once=peer.ours)
     return started
 
 
