@@ -24,11 +24,11 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from benchmarks.cases import DTYPES
 from benchmarks.gauges import ROOT
 from benchmarks.predict import MODELS
+from benchmarks.triton_offline import Launch, record
 from mobilenet_fast import models
 from mobilenet_fast.accelerate import cuda, roofline
 from mobilenet_fast.accelerate.capture import Capture
@@ -297,18 +297,11 @@ class FakeDriver:
 
 # Model, batch, dtype, way of fusing, and whether tiles are swept.
 Job = tuple[str, int, str, str, bool]
-# A kernel with its arguments and options.
-Launch = tuple[JITFunction, tuple, dict]
-_run = JITFunction.run
 
 
 @contextmanager
-def noted_launches() -> Iterator[list[Launch]]:
-    """Launches on CPU tensors are noted instead of made; dense convolutions of PyTorch compute nothing."""
-    launches: list[Launch] = []
-
-    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launches.append((kernel, args, options))
+def on_cpu_tensors() -> Iterator[None]:
+    """The launchers take CPU tensors, as `accelerate` does on CUDA; dense convolutions of PyTorch compute nothing."""
 
     def shaped(x: torch.Tensor, weight: torch.Tensor, bias: Any = None, *rest: Any) -> torch.Tensor:
         y = dense(x.to("meta"), weight.to("meta"), None, *rest)
@@ -316,25 +309,28 @@ def noted_launches() -> Iterator[list[Launch]]:
 
     dense = torch.nn.functional.conv2d
     with (
-        mock.patch.object(JITFunction, "run", note),
         mock.patch.object(torch.nn.functional, "conv2d", shaped),
         mock.patch.object(cuda.operations, "INTERPRETED", True),
-        mock.patch.object(tiles, "OTHER", tiles.H100),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
-        common.dependent_launches(torch.device("cuda")),  # as `accelerate` launches
+        common.dependent_launches(torch.device("cuda")),
+        torch.no_grad(),
     ):
-        yield launches
+        yield
 
 
 def compile_launch(launch: Launch) -> None:
     """Into Triton's cache, as the launch on a GPU would; with MOBILENET_FAST_LAUNCHERS what calls it as well."""
-    kernel, args, options = launch
     try:
-        compiled = _run(kernel, *args, grid=(1,), warmup=True, **options)
+        compiled = launch.kernel.run(**launch.arguments, grid=(1,), warmup=True, **launch.options)
         if os.environ.get("MOBILENET_FAST_LAUNCHERS"):
             CudaLauncher(compiled.src, compiled.metadata)
     except Exception as failure:
-        print(f"{kernel._fn_name} {options}: {type(failure).__name__} {failure}".splitlines()[0], flush=True)
+        print(f"{launch.name} {launch.options}: {type(failure).__name__} {failure}".splitlines()[0], flush=True)
+
+
+def run_all(plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool) -> None:
+    for *_, call in steps_with_tiles(plan, image, sweep):
+        call()
 
 
 def compile_share(jobs: list[Job], chip: str | None, index: int, count: int) -> None:
@@ -345,14 +341,12 @@ def compile_share(jobs: list[Job], chip: str | None, index: int, count: int) -> 
     for model, batch, dtype, way, sweep in jobs:
         plan = plan_of(model, batch, DTYPES[dtype], "cpu", way, chip)
         image = torch.empty(batch, 3, MODELS[model], MODELS[model], dtype=DTYPES[dtype])
-        with noted_launches() as launches, torch.no_grad():
-            for *_, call in steps_with_tiles(plan, image, sweep):
-                call()
-        for kernel, args, options in launches:
-            kinds = [a.dtype if isinstance(a, torch.Tensor) else a for a in args]
-            # Of tensors nothing but their dtype is asked, as all of them are aligned.
-            empty = tuple(torch.empty(0, dtype=a.dtype) if isinstance(a, torch.Tensor) else a for a in args)
-            found.setdefault(f"{kernel._fn_name}{kinds}{options}", (kernel, empty, options))
+        with on_cpu_tensors():
+            for launch in record(lambda p=plan, x=image, s=sweep: run_all(p, x, s), 90):
+                # Of tensors nothing but their dtype is asked, as all of them are aligned.
+                kinds = {k: a.dtype if isinstance(a, torch.Tensor) else a for k, a in launch.arguments.items()}
+                empty = {k: torch.empty(0, dtype=a) if isinstance(a, torch.dtype) else a for k, a in kinds.items()}
+                found.setdefault(f"{launch.name}{kinds}{launch.options}", replace(launch, arguments=empty))
     for launch in [*found.values()][index::count]:
         compile_launch(launch)
 

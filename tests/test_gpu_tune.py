@@ -24,13 +24,16 @@ def plan():
 
 def test_every_step_is_launched_with_its_tile_and_others(plan):
     image = torch.empty(1, 3, 224, 224, dtype=torch.float16)
-    with gpu_tune.noted_launches() as launches, torch.no_grad():
-        found = []
+    found = []
+
+    def run():
         for row, step, tile, is_default, call in gpu_tune.steps_with_tiles(plan, image, True):
-            launches.clear()
             call()
             found.append((row, step.kernel, tile, is_default))
-            assert launches
+
+    with gpu_tune.on_cpu_tensors():
+        launches = gpu_tune.record(run, 90)
+    assert len(launches) > len(found)
     rows = [row for row, _, _, is_default in found if is_default]
     assert rows == list(range(len(plan.report.rows)))
     tiles = [(row, tile) for row, _, tile, _ in found if tile is not None]
@@ -40,12 +43,12 @@ def test_every_step_is_launched_with_its_tile_and_others(plan):
 def test_a_launch_is_compiled_without_a_gpu(plan, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(driver, "_active", gpu_tune.FakeDriver())
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    with gpu_tune.noted_launches() as launches, torch.no_grad():
-        next(gpu_tune.steps_with_tiles(plan, torch.empty(1, 3, 224, 224, dtype=torch.float16), False))
-    gpu_tune.compile_launch(launches[0])
+    image = torch.empty(1, 3, 224, 224, dtype=torch.float16)
+    with gpu_tune.on_cpu_tensors():
+        launch, *_ = gpu_tune.record(lambda: next(gpu_tune.steps_with_tiles(plan, image, False)), 90)
+    gpu_tune.compile_launch(launch)
     assert list(tmp_path.rglob("*.cubin"))
-    kernel, args, options = launches[0]
-    gpu_tune.compile_launch((kernel, args, options | {"num_warps": 3}))  # says so and goes on
+    gpu_tune.compile_launch(replace(launch, options=launch.options | {"num_warps": 3}))  # says so and goes on
     assert "num_warps" in capsys.readouterr().out
 
 
