@@ -148,7 +148,8 @@ def _register_autograd(operation: str) -> None:
 
 
 # The gradient at an activation's input, from that at its output.
-_ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda grad, x: grad,
     "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
     "relu6": lambda grad, x: torch.ops.aten.hardtanh_backward(grad, x, 0, 6),
     "hardswish": torch.ops.aten.hardswish_backward,
@@ -162,7 +163,7 @@ def _depthwise_gradients(needed, grad, input, weight, bias, stride, padding, dil
     geometry = stride, padding, dilation
     if activation != "none":
         inner = torch.ops.mobilenet_fast.depthwise_conv2d(input, weight, bias, *geometry, "none", scale)
-        grad = _ACTIVATION_GRADIENTS[activation](grad, inner)
+        grad = ACTIVATION_GRADIENTS[activation](grad, inner)
     grads = [None] * len(needed)
     need_input, need_filters = needed[0], needed[1] or needed[7]
     if need_input or need_filters:

@@ -116,6 +116,25 @@ template <class T, Activation kActivation, int kRows, int kColumns>
   }
 }
 
+// function<T, activation>(...) for an activation known at run time.
+#define MF_WITH_ACTIVATION(function, activation, ...)            \
+  switch (activation) {                                          \
+    case Activation::kRelu:                                      \
+      return function<T, Activation::kRelu>(__VA_ARGS__);        \
+    case Activation::kRelu6:                                     \
+      return function<T, Activation::kRelu6>(__VA_ARGS__);       \
+    case Activation::kHardswish:                                 \
+      return function<T, Activation::kHardswish>(__VA_ARGS__);   \
+    case Activation::kHardsigmoid:                               \
+      return function<T, Activation::kHardsigmoid>(__VA_ARGS__); \
+    case Activation::kSilu:                                      \
+      return function<T, Activation::kSilu>(__VA_ARGS__);        \
+    case Activation::kSigmoid:                                   \
+      return function<T, Activation::kSigmoid>(__VA_ARGS__);     \
+    default:                                                     \
+      return function<T, Activation::kNone>(__VA_ARGS__);        \
+  }
+
 // A tile in registers, if the activation is cheap. Loops over accumulators are unrolled whole, here and elsewhere: one
 // index that is no constant, and the compiler keeps the tile in memory.
 template <class T, int kRows, int kColumns>

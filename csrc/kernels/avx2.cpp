@@ -12,8 +12,11 @@
 // vec.h first: the kernels are written on it.
 #include "kernels/activation.h"
 #include "kernels/batch_norm_act.h"
+#include "kernels/batch_norm_act_backward.h"
 #include "kernels/depthwise_conv2d.h"
+#include "kernels/depthwise_conv2d_backward.h"
 #include "kernels/gemm.h"
+#include "kernels/gemm_transposed.h"
 #include "kernels/pack.h"
 #include "kernels/peak.h"
 #include "kernels/pool.h"

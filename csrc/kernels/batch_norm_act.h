@@ -111,25 +111,6 @@ void add_act_run(const T* a, const T* b, T* y, int64_t count) {
   }
 }
 
-// function<T, activation>(...) for an activation known at run time.
-#define MF_WITH_ACTIVATION(function, activation, ...)            \
-  switch (activation) {                                          \
-    case Activation::kRelu:                                      \
-      return function<T, Activation::kRelu>(__VA_ARGS__);        \
-    case Activation::kRelu6:                                     \
-      return function<T, Activation::kRelu6>(__VA_ARGS__);       \
-    case Activation::kHardswish:                                 \
-      return function<T, Activation::kHardswish>(__VA_ARGS__);   \
-    case Activation::kHardsigmoid:                               \
-      return function<T, Activation::kHardsigmoid>(__VA_ARGS__); \
-    case Activation::kSilu:                                      \
-      return function<T, Activation::kSilu>(__VA_ARGS__);        \
-    case Activation::kSigmoid:                                   \
-      return function<T, Activation::kSigmoid>(__VA_ARGS__);     \
-    default:                                                     \
-      return function<T, Activation::kNone>(__VA_ARGS__);        \
-  }
-
 template <class T>
 void scale_shift_act(const ScaleShiftArgs<T>& s) {
   MF_WITH_ACTIVATION(scale_shift_act_rows, s.activation, s)
@@ -144,8 +125,6 @@ template <class T>
 void add_act(const T* a, const T* b, T* y, int64_t count, Activation activation) {
   MF_WITH_ACTIVATION(add_act_run, activation, a, b, y, count)
 }
-
-#undef MF_WITH_ACTIVATION
 
 }  // namespace
 }  // namespace MF_ISA

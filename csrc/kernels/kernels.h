@@ -103,6 +103,80 @@ struct ScaleShiftArgs {
   Activation activation;
 };
 
+// Sums for a batch norm's statistics over `rows` pixels: sums[c] += sum of x[m, c] - pivot[c], and its squares into
+// sums[channels + c]. A pivot among the values keeps their squares from cancelling, wherever the mean lies.
+template <class T>
+struct StatisticsArgs {
+  const T* x;
+  int64_t x_stride;
+  int64_t rows, channels;
+  const T* pivot;
+  T* sums;
+};
+
+// Of z = gate · activation(x · scale + shift), over `rows` pixels of one image: from `grad`, the gradient at z, that at
+// the activation's input, d = (grad · gate + pooled) · activation'(x · scale + shift). Without `gate` it is 1 and
+// `pooled` 0. Either `sums` get it added, the sum of d and, `channels` on, of d · (x - mean), or `out` is what the batch
+// norm makes of it, d · factor + (x - mean) · slope + offset (d itself without `factor`, with sums too), or both: `out`
+// then is d.
+template <class T>
+struct NormGradientArgs {
+  const T* grad;
+  int64_t grad_stride;
+  const T* x;
+  int64_t x_stride;
+  T* out;  // or null
+  int64_t out_stride;
+  int64_t rows, channels;
+  const T *scale, *shift;
+  const T *gate, *pooled;  // or null, both
+  const T* mean;           // read for sums and slope alone
+  const T *factor, *slope, *offset;
+  T* sums;  // or null
+  Activation activation;
+};
+
+// sums[c] += sum over `rows` pixels of grad[m, c] · activation(x[m, c] · scale[c] + shift[c]); without `grad` it is 1.
+template <class T>
+struct GateGradientArgs {
+  const T* grad;  // or null
+  int64_t grad_stride;
+  const T* x;
+  int64_t x_stride;
+  int64_t rows, channels;
+  const T *scale, *shift;
+  T* sums;
+  Activation activation;
+};
+
+// A depthwise convolution's gradients, from that at its output; sizes as for DepthwiseArgs. The weight's is added to
+// `weight_grad` over the output rows [row_begin, row_end), which like packed weights has the taps of the first `lanes`
+// channels, then those of the next, without a bias. The input's is written to input rows [row_begin, row_end) of `x`.
+template <class T>
+struct DepthwiseGradArgs {
+  T* x;
+  int64_t x_row_stride, x_pixel_stride, height, width;
+  const T* grad;
+  int64_t grad_row_stride, grad_pixel_stride, out_height, out_width;
+  int64_t row_begin, row_end;
+  int64_t channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  const T* weight;  // packed, with its bias, which is not read
+  T* weight_grad;
+};
+
+// out[i, j] += sum over rows of a[row, i] * b[row, j] for i < columns_a and j < columns_b.
+template <class T>
+struct GemmTransposedArgs {
+  const T* a;
+  int64_t a_stride, columns_a;
+  const T* b;
+  int64_t b_stride, columns_b;
+  int64_t rows;
+  T* out;
+  int64_t out_stride;
+};
+
 // The kernels of one instruction set and one element type.
 template <class T>
 struct Kernels {
@@ -112,13 +186,19 @@ struct Kernels {
   int panel_vectors;  // vectors in a panel of the GEMM, at most
   int panel_rows;     // rows that its micro-kernel computes together for a full panel
   void (*gemm)(const GemmArgs<T>&);
+  void (*gemm_transposed)(const GemmTransposedArgs<T>&);
   void (*depthwise_conv2d)(const DepthwiseArgs<T>&);
+  void (*depthwise_conv2d_input_grad)(const DepthwiseGradArgs<T>&);
+  void (*depthwise_conv2d_weight_grad)(const DepthwiseGradArgs<T>&);
   void (*pool2d)(const PoolArgs<T>&);
   void (*winograd_input)(const WinogradArgs<T>&);
   void (*winograd_output)(const WinogradArgs<T>&);
   void (*scale_shift_act)(const ScaleShiftArgs<T>&);
   // y[i] = activation(x[i] * scale + shift), i < n: one plane of a contiguous tensor.
   void (*scale_shift_act_plane)(const T* x, T* y, int64_t n, T scale, T shift, Activation activation);
+  void (*statistics)(const StatisticsArgs<T>&);
+  void (*norm_gradient)(const NormGradientArgs<T>&);
+  void (*gate_gradient)(const GateGradientArgs<T>&);
   // y[i] = activation(a[i] + b[i]), i < n.
   void (*add_act)(const T* a, const T* b, T* y, int64_t n, Activation activation);
   // sums[c] = sum over rows of x[row * stride + c].

@@ -8,6 +8,7 @@
 //   fma(a, b, c)       a * b + c, rounded once where kFmaIsFused.
 //   max(a, b), min     return b when either operand is NaN, so a NaN passes through when it is the second operand.
 //   max_nan(a, b)      NaN when either operand is.
+//   select_le(a, b, x, y)  x where a <= b, else (NaN among it) y.
 //   exp2(k)            2^(k / 2^kExp2Bits) for the integer that the low bits of k's representation hold, where the
 //                      result is a normal number, or Inf for 128 (float) or 1024 (double) exactly. NaN gives any
 //                      number. kExp2Table has 2^(j / 2^kExp2Bits) for j = 0, 1, … as the bits of a float, less j in the
@@ -65,6 +66,9 @@ struct Vec<float> {
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg max_nan(Reg a, Reg b) { return _mm512_mask_mov_ps(max(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static Reg select_le(Reg a, Reg b, Reg x, Reg y) {
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), x);
+  }
   static constexpr int kExp2Bits = 5;
   static constexpr uint32_t kExp2Table[32] = {
       0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
@@ -120,6 +124,9 @@ struct Vec<double> {
   static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
   static Reg max_nan(Reg a, Reg b) { return _mm512_mask_mov_pd(max(a, b), _mm512_cmp_pd_mask(a, a, _CMP_UNORD_Q), a); }
   static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
+  static Reg select_le(Reg a, Reg b, Reg x, Reg y) {
+    return _mm512_mask_mov_pd(y, _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ), x);
+  }
   static constexpr int kExp2Bits = 0;
   static Reg exp2(Reg k) {
     const __m512i exponent = _mm512_slli_epi64(_mm512_castpd_si512(k), 52);
@@ -154,6 +161,7 @@ struct Vec<float> {
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static Reg max_nan(Reg a, Reg b) { return _mm256_blendv_ps(max(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static Reg select_le(Reg a, Reg b, Reg x, Reg y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
   static constexpr int kExp2Bits = 3;
   static constexpr uint32_t kExp2Table[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                              0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
@@ -191,6 +199,7 @@ struct Vec<double> {
   static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
   static Reg max_nan(Reg a, Reg b) { return _mm256_blendv_pd(max(a, b), a, _mm256_cmp_pd(a, a, _CMP_UNORD_Q)); }
   static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
+  static Reg select_le(Reg a, Reg b, Reg x, Reg y) { return _mm256_blendv_pd(y, x, _mm256_cmp_pd(a, b, _CMP_LE_OQ)); }
   static constexpr int kExp2Bits = 0;
   static Reg exp2(Reg k) {
     const __m256i exponent = _mm256_slli_epi64(_mm256_castpd_si256(k), 52);
@@ -232,6 +241,7 @@ struct Vec<float> {
   static Reg max(Reg a, Reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static Reg max_nan(Reg a, Reg b) { return vmaxq_f32(a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+  static Reg select_le(Reg a, Reg b, Reg x, Reg y) { return vbslq_f32(vcleq_f32(a, b), x, y); }
   static constexpr int kExp2Bits = 0;
   static Reg exp2(Reg k) {
     const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(k), 23);
@@ -268,6 +278,7 @@ struct Vec<double> {
   static Reg max(Reg a, Reg b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
   static Reg max_nan(Reg a, Reg b) { return vmaxq_f64(a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
+  static Reg select_le(Reg a, Reg b, Reg x, Reg y) { return vbslq_f64(vcleq_f64(a, b), x, y); }
   static constexpr int kExp2Bits = 0;
   static Reg exp2(Reg k) {
     const int64x2_t exponent = vshlq_n_s64(vreinterpretq_s64_f64(k), 52);
@@ -308,6 +319,7 @@ struct ScalarVec {
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
   static Reg max_nan(Reg a, Reg b) { return a > b || a != a ? a : b; }
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  static Reg select_le(Reg a, Reg b, Reg x, Reg y) { return a <= b ? x : y; }
   static constexpr int kExp2Bits = 0;
   static Reg exp2(Reg k) {
     using Bits = typename BitsOf<sizeof(T)>::type;

@@ -94,32 +94,24 @@ std::unique_ptr<Step> make_depthwise_conv2d(Isa isa, ImageShape x_shape, ImageSh
   });
 }
 
-at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                            const std::string& activation, const OptionalTensor& scale,
-                            const std::optional<std::string>& isa) {
-  constexpr const char* kName = "depthwise_conv2d";
-  const Activation act = parse_activation(kName, activation);
-  const Isa chosen = choose_isa(kName, isa);
-  check_input(kName, input);
-  const auto dtype = input.scalar_type();
-  const int64_t n = input.size(0), c = input.size(1), h = input.size(2), w = input.size(3);
-  check_tensor(kName, "weight", weight, dtype, 4);
+DepthwiseGeometry depthwise_geometry(const char* operation, const at::Tensor& input, const at::Tensor& weight,
+                                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const int64_t c = input.size(1), h = input.size(2), w = input.size(3);
+  check_tensor(operation, "weight", weight, input.scalar_type(), 4);
   const int64_t k = weight.size(0);
-  TORCH_CHECK_VALUE(weight.size(1) == 1 && k > 0 && k % c == 0, kName, ": weight must be (C, 1, kH, kW) with C=", c,
-                    " (or a multiple), got ", shape_string(weight.sizes()));
-  TORCH_CHECK_VALUE(weight.size(2) > 0 && weight.size(3) > 0, kName, ": weight must have kH and kW of at least 1, got ",
+  TORCH_CHECK_VALUE(weight.size(1) == 1 && k > 0 && k % c == 0, operation,
+                    ": weight must be (C, 1, kH, kW) with C=", c, " (or a multiple), got ",
                     shape_string(weight.sizes()));
-  check_vector(kName, "bias", bias, dtype, k);
-  check_vector(kName, "scale", scale, dtype, k);
+  TORCH_CHECK_VALUE(weight.size(2) > 0 && weight.size(3) > 0, operation,
+                    ": weight must have kH and kW of at least 1, got ", shape_string(weight.sizes()));
   // Sizes computed from such numbers stay far from where 64 bits end.
   constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
   const auto pair = [&](const char* name, at::IntArrayRef values, int64_t least) {
-    TORCH_CHECK_VALUE(values.size() == 1 || values.size() == 2, kName, ": ", name, " must be one number or two, got ",
+    TORCH_CHECK_VALUE(values.size() == 1 || values.size() == 2, operation, ": ", name, " must be one number or two, got ",
                       values.size());
     const std::pair<int64_t, int64_t> both{values[0], values.back()};
     TORCH_CHECK_VALUE(std::min(both.first, both.second) >= least && std::max(both.first, both.second) <= kLargest,
-                      kName, ": ", name, " must be at least ", least, " and at most ", kLargest, ", got ",
+                      operation, ": ", name, " must be at least ", least, " and at most ", kLargest, ", got ",
                       shape_string(values));
     return both;
   };
@@ -132,16 +124,30 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, c
       pair("padding", each_side ? at::IntArrayRef{padding[1], padding[3]} : padding, 0);
   const int64_t reach_h = dilation_h * (weight.size(2) - 1) + 1, reach_w = dilation_w * (weight.size(3) - 1) + 1;
   const int64_t padded_h = pad_top + h + pad_bottom, padded_w = pad_left + w + pad_right;
-  TORCH_CHECK_VALUE(reach_h <= padded_h && reach_w <= padded_w, kName,
+  TORCH_CHECK_VALUE(reach_h <= padded_h && reach_w <= padded_w, operation,
                     ": the dilated kernel must fit into the padded input ", shape_string({padded_h, padded_w}),
                     ", got ", shape_string({reach_h, reach_w}));
-  const int64_t out_h = (padded_h - reach_h) / stride_h + 1, out_w = (padded_w - reach_w) / stride_w + 1;
+  const Window window{weight.size(2), weight.size(3), stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w};
+  return {window, (padded_h - reach_h) / stride_h + 1, (padded_w - reach_w) / stride_w + 1};
+}
+
+at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                            const std::string& activation, const OptionalTensor& scale,
+                            const std::optional<std::string>& isa) {
+  constexpr const char* kName = "depthwise_conv2d";
+  const Activation act = parse_activation(kName, activation);
+  const Isa chosen = choose_isa(kName, isa);
+  check_input(kName, input);
+  const auto [window, out_h, out_w] = depthwise_geometry(kName, input, weight, stride, padding, dilation);
+  const int64_t n = input.size(0), c = input.size(1), h = input.size(2), w = input.size(3), k = weight.size(0);
+  check_vector(kName, "bias", bias, input.scalar_type(), k);
+  check_vector(kName, "scale", scale, input.scalar_type(), k);
 
   Output y({n, k, out_h, out_w}, input.options(), conv_memory_format(input, weight));
   // A channel multiplier repeats each input channel, so that input and output channels correspond.
   const at::Tensor x = as_channels_last(k == c ? input : input.repeat_interleave(k / c, 1));
   const at::Tensor packed = pack_depthwise_conv2d(weight, bias, scale, chosen, call_weights());
-  const Window window{weight.size(2), weight.size(3), stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w};
   run_step(*make_depthwise_conv2d(chosen, {n, h, w, k}, {n, out_h, out_w, k}, packed, window, act, 0, 1, -1),
            {buffer_of(x), buffer_of(y.dense())});
   return y.finish();

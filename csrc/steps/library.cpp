@@ -2,7 +2,7 @@
 // are registered from Python (mobilenet_fast/ops.py).
 #include <torch/library.h>
 
-#include "steps/common.h"
+#include "steps/training.h"
 
 namespace mobilenet_fast {
 namespace {
@@ -32,9 +32,113 @@ at::Tensor squeeze_excite_op(const at::Tensor& input, const at::Tensor& weight1,
                         std::string(gate_activation), std::nullopt);
 }
 
+// The steps of training. Activations by name; a result that is not wanted is an empty tensor.
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+ReadAs read_as(const char* operation, const OptionalTensor& folded, c10::string_view activation,
+               const OptionalTensor& gate) {
+  return {folded, parse_activation(operation, std::string(activation)), gate};
+}
+
+GradientAt gradient_at(const char* operation, const at::Tensor& grad, const OptionalTensor& y,
+                       const OptionalTensor& folded, c10::string_view activation, const OptionalTensor& gate,
+                       const OptionalTensor& pooled, const OptionalTensor& coefficients) {
+  return {grad, y, folded, parse_activation(operation, std::string(activation)), gate, pooled, coefficients};
+}
+
+Results results(const ConvGradients& gradients, const at::Tensor& like) {
+  const auto or_empty = [&](const at::Tensor& t) { return t.defined() ? t : at::empty({0}, like.options()); };
+  return {or_empty(gradients.input), or_empty(gradients.weight), or_empty(gradients.sums), or_empty(gradients.gate)};
+}
+
+std::tuple<at::Tensor, at::Tensor> pointwise_conv2d_forward_op(const at::Tensor& x, const OptionalTensor& folded,
+                                                               c10::string_view activation, const OptionalTensor& gate,
+                                                               const at::Tensor& weight) {
+  return pointwise_conv2d_forward(x, read_as("pointwise_conv2d_forward", folded, activation, gate), weight);
+}
+
+std::tuple<at::Tensor, at::Tensor> depthwise_conv2d_forward_op(const at::Tensor& x, const OptionalTensor& folded,
+                                                               c10::string_view activation, const at::Tensor& weight,
+                                                               at::IntArrayRef stride, at::IntArrayRef padding,
+                                                               at::IntArrayRef dilation) {
+  return depthwise_conv2d_forward(x, read_as("depthwise_conv2d_forward", folded, activation, std::nullopt), weight,
+                                  stride, padding, dilation);
+}
+
+at::Tensor batch_norm_apply_op(const at::Tensor& x, const at::Tensor& folded, c10::string_view activation,
+                               const OptionalTensor& gate, const OptionalTensor& residual) {
+  return batch_norm_apply(x, read_as("batch_norm_apply", folded, activation, gate), residual);
+}
+
+at::Tensor batch_norm_pixel_sums_op(const at::Tensor& x, const at::Tensor& folded, c10::string_view activation,
+                                    const OptionalTensor& grad) {
+  return batch_norm_pixel_sums(x, read_as("batch_norm_pixel_sums", folded, activation, std::nullopt), grad);
+}
+
+at::Tensor batch_norm_gradient_sums_op(const at::Tensor& grad, const at::Tensor& y, const OptionalTensor& folded,
+                                       c10::string_view activation, const OptionalTensor& gate,
+                                       const OptionalTensor& pooled, const at::Tensor& mean) {
+  return batch_norm_gradient_sums(
+      gradient_at("batch_norm_gradient_sums", grad, y, folded, activation, gate, pooled, std::nullopt), mean);
+}
+
+at::Tensor batch_norm_gradient_op(const at::Tensor& grad, const OptionalTensor& y, const OptionalTensor& folded,
+                                  c10::string_view activation, const OptionalTensor& gate,
+                                  const OptionalTensor& pooled, const OptionalTensor& coefficients) {
+  return batch_norm_gradient(
+      gradient_at("batch_norm_gradient", grad, y, folded, activation, gate, pooled, coefficients));
+}
+
+Results pointwise_conv2d_gradients_op(const at::Tensor& grad, const OptionalTensor& y, const OptionalTensor& y_folded,
+                                      c10::string_view y_activation, const OptionalTensor& y_gate,
+                                      const OptionalTensor& y_pooled, const OptionalTensor& coefficients,
+                                      const at::Tensor& x, const OptionalTensor& folded, c10::string_view activation,
+                                      const OptionalTensor& gate, const OptionalTensor& mean, const at::Tensor& weight,
+                                      const OptionalTensor& added, bool need_input, bool need_weight) {
+  constexpr const char* kName = "pointwise_conv2d_gradients";
+  return results(pointwise_conv2d_gradients(
+                     gradient_at(kName, grad, y, y_folded, y_activation, y_gate, y_pooled, coefficients), x,
+                     read_as(kName, folded, activation, gate), mean, weight, need_input, need_weight, added),
+                 x);
+}
+
+Results depthwise_conv2d_gradients_op(const at::Tensor& grad, const OptionalTensor& y, const OptionalTensor& y_folded,
+                                      c10::string_view y_activation, const OptionalTensor& y_gate,
+                                      const OptionalTensor& y_pooled, const OptionalTensor& coefficients,
+                                      const at::Tensor& x, const OptionalTensor& folded, c10::string_view activation,
+                                      const OptionalTensor& mean, const at::Tensor& weight, at::IntArrayRef stride,
+                                      at::IntArrayRef padding, at::IntArrayRef dilation, bool need_input,
+                                      bool need_weight) {
+  constexpr const char* kName = "depthwise_conv2d_gradients";
+  return results(
+      depthwise_conv2d_gradients(
+          gradient_at(kName, grad, y, y_folded, y_activation, y_gate, y_pooled, coefficients), x,
+          read_as(kName, folded, activation, std::nullopt), mean, weight, stride, padding, dilation, need_input,
+          need_weight),
+      x);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(mobilenet_fast, m) {
+  const auto def = [&](const char* schema) { m.def(schema, {at::Tag::pt2_compliant_tag}); };
+  def("pointwise_conv2d_forward(Tensor x, Tensor? folded, str activation, Tensor? gate, Tensor weight) -> (Tensor, "
+      "Tensor)");
+  def("depthwise_conv2d_forward(Tensor x, Tensor? folded, str activation, Tensor weight, int[2] stride, int[2] padding, "
+      "int[2] dilation) -> (Tensor, Tensor)");
+  def("batch_norm_statistics(Tensor x) -> Tensor");
+  def("batch_norm_apply(Tensor x, Tensor folded, str activation, Tensor? gate, Tensor? residual) -> Tensor");
+  def("batch_norm_pixel_sums(Tensor x, Tensor folded, str activation, Tensor? grad) -> Tensor");
+  def("batch_norm_gradient_sums(Tensor grad, Tensor y, Tensor? folded, str activation, Tensor? gate, Tensor? pooled, "
+      "Tensor mean) -> Tensor");
+  def("batch_norm_gradient(Tensor grad, Tensor? y, Tensor? folded, str activation, Tensor? gate, Tensor? pooled, Tensor? "
+      "coefficients) -> Tensor");
+  def("pointwise_conv2d_gradients(Tensor grad, Tensor? y, Tensor? y_folded, str y_activation, Tensor? y_gate, Tensor? "
+      "y_pooled, Tensor? coefficients, Tensor x, Tensor? folded, str activation, Tensor? gate, Tensor? mean, Tensor "
+      "weight, Tensor? added, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  def("depthwise_conv2d_gradients(Tensor grad, Tensor? y, Tensor? y_folded, str y_activation, Tensor? y_gate, Tensor? "
+      "y_pooled, Tensor? coefficients, Tensor x, Tensor? folded, str activation, Tensor? mean, Tensor weight, int[2] "
+      "stride, int[2] padding, int[2] dilation, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] "
       "dilation=1, str activation=\"none\", Tensor? scale=None) -> Tensor",
@@ -58,6 +162,15 @@ TORCH_LIBRARY_IMPL(mobilenet_fast, CPU, m) {
   m.impl("pointwise_conv2d", pointwise_conv2d_op);
   m.impl("batch_norm_act", batch_norm_act_op);
   m.impl("squeeze_excite", squeeze_excite_op);
+  m.impl("pointwise_conv2d_forward", pointwise_conv2d_forward_op);
+  m.impl("depthwise_conv2d_forward", depthwise_conv2d_forward_op);
+  m.impl("batch_norm_statistics", batch_norm_statistics);
+  m.impl("batch_norm_apply", batch_norm_apply_op);
+  m.impl("batch_norm_pixel_sums", batch_norm_pixel_sums_op);
+  m.impl("batch_norm_gradient_sums", batch_norm_gradient_sums_op);
+  m.impl("batch_norm_gradient", batch_norm_gradient_op);
+  m.impl("pointwise_conv2d_gradients", pointwise_conv2d_gradients_op);
+  m.impl("depthwise_conv2d_gradients", depthwise_conv2d_gradients_op);
 }
 
 }  // namespace mobilenet_fast

@@ -1,0 +1,399 @@
+// A depthwise convolution as a block in training runs it: its input is read through the norm and activation before it,
+// and its output's statistics are taken while it is in cache; and the gradients of that.
+//
+// Channels do not meet, so a piece of work is some channels of some rows of an image, as many as stay in cache: of small
+// maps whole images.
+#include "steps/training.h"
+
+namespace mobilenet_fast {
+namespace {
+
+// How an image is cut: into slices of channels, and bands of output rows with the input rows that are theirs.
+struct Bands {
+  ImageShape x, y;
+  Window window;
+  int64_t slice, slices, rows, bands;  // channels a slice, rows a band
+
+  // `of_input` and `of_output`: how many values are held for each input and output element.
+  template <class T>
+  static Bands of(const Kernels<T>& kernels, ImageShape x, ImageShape y, Window window, int64_t of_input,
+                  int64_t of_output) {
+    Bands b{x, y, window, 0, 0, 0, 0};
+    const int64_t values = l2_cache_bytes() / 2 / static_cast<int64_t>(sizeof(T)), unit = 4 * kernels.lanes;
+    const int64_t whole = of_input * x.pixels() + of_output * y.pixels();
+    const int64_t fitting = std::max<int64_t>(1, values / whole / unit), units = (y.c + unit - 1) / unit;
+    b.slices = (units + fitting - 1) / fitting;
+    b.slice = (units + b.slices - 1) / b.slices * unit;
+    b.slices = (y.c + b.slice - 1) / b.slice;
+    b.rows = y.h;
+    while (b.rows > 4 && b.values(b.rows, of_input, of_output) > values) b.rows = (b.rows + 1) / 2;
+    b.bands = (y.h + b.rows - 1) / b.rows;
+    return b;
+  }
+
+  int64_t values(int64_t band_rows, int64_t of_input, int64_t of_output) const {
+    return std::min(slice, y.c) * (of_input * input_rows(band_rows) * x.w + of_output * grad_rows(band_rows) * y.w);
+  }
+  int64_t reach() const { return (window.kernel_h - 1) * window.dilation_h; }
+  int64_t input_rows(int64_t band_rows) const {
+    return std::min(x.h, band_rows * window.stride_h + reach() + window.stride_h);
+  }
+  int64_t grad_rows(int64_t band_rows) const {
+    return std::min(y.h, band_rows + std::max(reach(), window.pad_top) / window.stride_h + 2);
+  }
+
+  int64_t units() const { return x.n * bands; }
+  Range outputs(int64_t band) const { return share(y.h, bands, band); }
+  // The input rows that outputs read.
+  Range inputs(Range outputs) const {
+    const int64_t begin = std::clamp<int64_t>(outputs.begin * window.stride_h - window.pad_top, 0, x.h);
+    return {begin, std::clamp<int64_t>((outputs.end - 1) * window.stride_h - window.pad_top + reach() + 1, begin, x.h)};
+  }
+  // The input rows that are the band's own: together, the bands' are all.
+  Range own_inputs(int64_t band) const {
+    const Range range = outputs(band);
+    return {band == 0 ? 0 : std::min(x.h, range.begin * window.stride_h),
+            band == bands - 1 ? x.h : std::min(x.h, range.end * window.stride_h)};
+  }
+  // The output rows that read any of those input rows.
+  Range readers(Range inputs) const {
+    if (inputs.size() == 0) return {0, 0};
+    const int64_t first = inputs.begin + window.pad_top - reach();
+    const int64_t begin = std::clamp<int64_t>(first <= 0 ? 0 : (first + window.stride_h - 1) / window.stride_h, 0, y.h);
+    return {begin, std::clamp<int64_t>((inputs.end - 1 + window.pad_top) / window.stride_h + 1, begin, y.h)};
+  }
+};
+
+template <class T>
+void set_window(T& args, const Window& window) {
+  args.kernel_h = window.kernel_h;
+  args.kernel_w = window.kernel_w;
+  args.stride_h = window.stride_h;
+  args.stride_w = window.stride_w;
+  args.pad_top = window.pad_top;
+  args.pad_left = window.pad_left;
+  args.dilation_h = window.dilation_h;
+  args.dilation_w = window.dilation_w;
+}
+
+template <class T>
+class DepthwiseForward final : public Step {
+ public:
+  DepthwiseForward(Isa isa, ImageShape x, ImageShape y, Window window, const at::Tensor& packed, const ReadAs& read,
+                   at::Tensor sums, at::Tensor statistics)
+      : kernels_(kernels<T>(isa)),
+        bands_(Bands::of(kernels_, x, y, window, read.folded.has_value(), 1)),
+        packed_(packed),
+        read_(read),
+        groups_(std::min(bands_.units(), kGroups)),
+        counts_(groups_),
+        sums_(std::move(sums)),
+        statistics_(std::move(statistics)) {
+    for (int64_t g = 0; g < groups_; ++g) {
+      const Range range = share(bands_.units(), groups_, g);
+      for (int64_t u = range.begin; u < range.end; ++u) {
+        counts_[g] += bands_.outputs(u % bands_.bands).size() * y.w;
+      }
+    }
+  }
+
+  void run(const Work& work) const override {
+    const int64_t channels = bands_.y.c;
+    const Range items = work.team.share(groups_ * bands_.slices);
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const int64_t g = item / bands_.slices, channel = item % bands_.slices * bands_.slice;
+      const int64_t slice = std::min(bands_.slice, channels - channel);
+      T* sums = sums_.data_ptr<T>() + g * 3 * channels + channel;
+      for (int64_t i = 0; i < 3; ++i) std::fill_n(sums + i * channels, slice, T(0));
+      const Range range = share(bands_.units(), groups_, g);
+      for (int64_t u = range.begin; u < range.end; ++u) run_band(work, u, channel, slice, sums, u == range.begin);
+    }
+    work.team.sync();
+    merge_statistics(sums_.const_data_ptr<T>(), counts_, channels, work.team.share(channels),
+                     statistics_.data_ptr<T>());
+  }
+
+  size_t thread_scratch_bytes() const override {
+    const int64_t pixels = read_.folded.has_value() ? bands_.input_rows(bands_.rows) * bands_.x.w : 0;
+    return static_cast<size_t>((pixels + 2) * std::min(bands_.slice, bands_.y.c)) * sizeof(T);
+  }
+  std::string describe() const override { return "depthwise, statistics"; }
+
+ private:
+  void run_band(const Work& work, int64_t unit, int64_t channel, int64_t slice, T* sums, bool first) const {
+    const ImageShape &xs = bands_.x, &ys = bands_.y;
+    const int64_t image = unit / bands_.bands;
+    const Range rows = bands_.outputs(unit % bands_.bands), inputs = bands_.inputs(rows);
+    const T* x = work.buffer<T>(0) + image * xs.pixels() * xs.c + channel;
+    T* y = work.buffer<T>(1) + image * ys.pixels() * ys.c + channel;
+    T* scratch = reinterpret_cast<T*>(work.thread_scratch);
+    DepthwiseArgs<T> args{};
+    args.x = x;
+    args.x_pixel_stride = xs.c;
+    if (read_.folded.has_value()) {
+      read_pixels(kernels_, read_, x + inputs.begin * xs.w * xs.c, xs.c, image, inputs.size() * xs.w, channel, slice,
+                  scratch);
+      args.x = scratch - inputs.begin * xs.w * slice;
+      args.x_pixel_stride = slice;
+    }
+    args.x_row_stride = xs.w * args.x_pixel_stride;
+    args.height = xs.h;
+    args.width = xs.w;
+    args.weight = packed_.const_data_ptr<T>() + channel * (1 + bands_.window.kernel_h * bands_.window.kernel_w);
+    args.y_pixel_stride = ys.c;
+    args.y_row_stride = ys.w * ys.c;
+    args.y = y;
+    args.row_begin = rows.begin;
+    args.row_end = rows.end;
+    args.out_width = ys.w;
+    args.channels = slice;
+    args.activation = Activation::kNone;
+    set_window(args, bands_.window);
+    kernels_.depthwise_conv2d(args);
+    const T* out = y + rows.begin * args.y_row_stride;
+    if (first) std::copy_n(out, slice, sums);
+    // The kernel wants both sums beside each other.
+    T* both = scratch + (read_.folded.has_value() ? bands_.input_rows(bands_.rows) * xs.w * slice : 0);
+    std::fill_n(both, 2 * slice, T(0));
+    kernels_.statistics({out, ys.c, rows.size() * ys.w, slice, sums, both});
+    for (int64_t i = 0; i < 2; ++i) {
+      for (int64_t c = 0; c < slice; ++c) sums[(i + 1) * ys.c + c] += both[i * slice + c];
+    }
+  }
+
+  const Kernels<T>& kernels_;
+  Bands bands_;
+  at::Tensor packed_;
+  ReadAs read_;
+  int64_t groups_;
+  std::vector<int64_t> counts_;
+  mutable at::Tensor sums_, statistics_;
+};
+
+template <class T>
+class DepthwiseBackward final : public Step {
+ public:
+  DepthwiseBackward(Isa isa, ImageShape x, ImageShape y, Window window, const at::Tensor& packed,
+                    const GradientAt& gradient, const ReadAs& read, const OptionalTensor& mean, bool need_input,
+                    bool need_weight)
+      : kernels_(kernels<T>(isa)),
+        bands_(Bands::of(kernels_, x, y, window, 2, 1)),
+        packed_(packed),
+        gradient_(gradient),
+        read_(read),
+        mean_(mean),
+        need_input_(need_input),
+        need_weight_(need_weight),
+        groups_(std::min(bands_.units(), kGroups)) {}
+
+  int64_t groups() const { return groups_; }
+  int64_t weight_elements() const {
+    return round_up(bands_.y.c, kernels_.lanes) * bands_.window.kernel_h * bands_.window.kernel_w;
+  }
+  // Partial sums of the groups, undefined where they are not wanted: (groups, weight_elements()) and (groups, 2, C).
+  void set_sums(at::Tensor weight, at::Tensor norm) {
+    weight_sums_ = std::move(weight);
+    norm_sums_ = std::move(norm);
+  }
+
+  // Buffers: the gradient, y (or null), x, the input's gradient, and the weight's.
+  void run(const Work& work) const override {
+    const int64_t channels = bands_.y.c, taps = bands_.window.kernel_h * bands_.window.kernel_w;
+    const Range items = work.team.share(groups_ * bands_.slices);
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const int64_t g = item / bands_.slices, channel = item % bands_.slices * bands_.slice;
+      const int64_t slice = std::min(bands_.slice, channels - channel);
+      T *weight = nullptr, *norm = nullptr;
+      if (need_weight_) {
+        weight = weight_sums_.data_ptr<T>() + g * weight_elements() + channel * taps;
+        std::fill_n(weight, round_up(slice, kernels_.lanes) * taps, T(0));
+      }
+      if (norm_sums_.defined()) {
+        norm = norm_sums_.data_ptr<T>() + g * 2 * channels + channel;
+        for (int64_t i = 0; i < 2; ++i) std::fill_n(norm + i * channels, slice, T(0));
+      }
+      const Range range = share(bands_.units(), groups_, g);
+      for (int64_t u = range.begin; u < range.end; ++u) run_band(work, u, channel, slice, weight, norm);
+    }
+    work.team.sync();
+    if (need_weight_) unpack_weight(work);
+    if (norm_sums_.defined()) {
+      T* sums = norm_sums_.data_ptr<T>();
+      merge_sums(sums, groups_, 2 * channels, work.team.share(2 * channels), sums);
+    }
+  }
+
+  size_t thread_scratch_bytes() const override {
+    return static_cast<size_t>(bands_.values(bands_.rows, 2, 1) + 2 * std::min(bands_.slice, bands_.y.c)) * sizeof(T);
+  }
+  std::string describe() const override { return "depthwise gradients"; }
+
+ private:
+  void unpack_weight(const Work& work) const {
+    const int64_t channels = bands_.y.c, taps = bands_.window.kernel_h * bands_.window.kernel_w;
+    const int64_t lanes = kernels_.lanes, elements = weight_elements();
+    T *sums = weight_sums_.data_ptr<T>(), *out = work.buffer<T>(4);
+    const Range vectors = work.team.share((channels + lanes - 1) / lanes);
+    merge_sums(sums, groups_, elements, {vectors.begin * lanes * taps, vectors.end * lanes * taps}, sums);
+    for (int64_t c = vectors.begin * lanes; c < std::min(channels, vectors.end * lanes); ++c) {
+      const T* from = sums + c / lanes * lanes * taps + c % lanes;
+      for (int64_t t = 0; t < taps; ++t) out[c * taps + t] = from[t * lanes];
+    }
+  }
+
+  void run_band(const Work& work, int64_t unit, int64_t channel, int64_t slice, T* weight, T* norm) const {
+    const ImageShape &xs = bands_.x, &ys = bands_.y;
+    const int64_t image = unit / bands_.bands, band = unit % bands_.bands;
+    const Range outputs = bands_.outputs(band), inputs = bands_.inputs(outputs), own = bands_.own_inputs(band);
+    const Range readers = bands_.readers(own);
+    // The gradients at the outputs: those of the band, and those that read its inputs.
+    const Range grads = {need_input_ && readers.size() > 0 ? std::min(outputs.begin, readers.begin) : outputs.begin,
+                         need_input_ ? std::max(outputs.end, readers.end) : outputs.end};
+    const int64_t x_image = image * xs.pixels() * xs.c + channel, y_image = image * ys.pixels() * ys.c + channel;
+    const T* x = work.buffer<T>(2) + x_image;
+    T* scratch = reinterpret_cast<T*>(work.thread_scratch);
+    T *z = scratch, *of_input = z + bands_.input_rows(bands_.rows) * xs.w * slice;
+    T* of_y = of_input + bands_.input_rows(bands_.rows) * xs.w * slice;
+    T* both = of_y + bands_.grad_rows(bands_.rows) * ys.w * slice;
+
+    DepthwiseGradArgs<T> args{};
+    args.grad = work.buffer<T>(0) + y_image;
+    args.grad_pixel_stride = ys.c;
+    if (gradient_.coefficients.has_value() || gradient_.activation != Activation::kNone) {
+      const int64_t from = y_image + grads.begin * ys.w * ys.c;
+      const T* y = work.buffer<T>(1);
+      NormGradientArgs<T> at_y =
+          gradient_args<T>(gradient_, work.buffer<T>(0) + from, y == nullptr ? nullptr : y + from, ys.c, image,
+                           grads.size() * ys.w, channel, slice);
+      at_y.out = of_y;
+      at_y.out_stride = slice;
+      kernels_.norm_gradient(at_y);
+      args.grad = of_y - grads.begin * ys.w * slice;
+      args.grad_pixel_stride = slice;
+    }
+    args.grad_row_stride = ys.w * args.grad_pixel_stride;
+    args.height = xs.h;
+    args.width = xs.w;
+    args.out_height = ys.h;
+    args.out_width = ys.w;
+    args.channels = slice;
+    set_window(args, bands_.window);
+    if (need_weight_) {
+      args.x = const_cast<T*>(x);  // which is only read
+      args.x_pixel_stride = xs.c;
+      if (read_.folded.has_value()) {
+        read_pixels(kernels_, read_, x + inputs.begin * xs.w * xs.c, xs.c, image, inputs.size() * xs.w, channel, slice,
+                    z);
+        args.x = z - inputs.begin * xs.w * slice;
+        args.x_pixel_stride = slice;
+      }
+      args.x_row_stride = xs.w * args.x_pixel_stride;
+      args.row_begin = outputs.begin;
+      args.row_end = outputs.end;
+      args.weight_grad = weight;
+      kernels_.depthwise_conv2d_weight_grad(args);
+    }
+    if (!need_input_ || own.size() == 0) return;
+    const bool apart = norm != nullptr || read_.activation != Activation::kNone;
+    T* out = work.buffer<T>(3) + x_image;
+    args.x = apart ? of_input - own.begin * xs.w * slice : out;
+    args.x_pixel_stride = apart ? slice : xs.c;
+    args.x_row_stride = xs.w * args.x_pixel_stride;
+    args.row_begin = own.begin;
+    args.row_end = own.end;
+    args.weight = packed_.const_data_ptr<T>() + channel * (1 + bands_.window.kernel_h * bands_.window.kernel_w);
+    kernels_.depthwise_conv2d_input_grad(args);
+    if (!apart) return;
+    NormGradientArgs<T> at_norm{};
+    at_norm.grad = of_input;
+    at_norm.grad_stride = slice;
+    at_norm.x = x + own.begin * xs.w * xs.c;
+    at_norm.x_stride = at_norm.out_stride = xs.c;
+    at_norm.out = out + own.begin * xs.w * xs.c;
+    at_norm.rows = own.size() * xs.w;
+    at_norm.channels = slice;
+    at_norm.scale = row_or_null<T>(read_.folded, 0) + channel;
+    at_norm.shift = row_or_null<T>(read_.folded, 1) + channel;
+    at_norm.activation = read_.activation;
+    if (norm != nullptr) {
+      std::fill_n(both, 2 * slice, T(0));
+      at_norm.mean = mean_->const_data_ptr<T>() + channel;
+      at_norm.sums = both;
+    }
+    kernels_.norm_gradient(at_norm);
+    for (int64_t i = 0; norm != nullptr && i < 2; ++i) {
+      for (int64_t c = 0; c < slice; ++c) norm[i * xs.c + c] += both[i * slice + c];
+    }
+  }
+
+  const Kernels<T>& kernels_;
+  Bands bands_;
+  at::Tensor packed_;
+  GradientAt gradient_;
+  ReadAs read_;
+  OptionalTensor mean_;
+  bool need_input_, need_weight_;
+  int64_t groups_;
+  mutable at::Tensor weight_sums_, norm_sums_;
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> depthwise_conv2d_forward(const at::Tensor& x, const ReadAs& read,
+                                                            const at::Tensor& weight, at::IntArrayRef stride,
+                                                            at::IntArrayRef padding, at::IntArrayRef dilation) {
+  constexpr const char* kName = "depthwise_conv2d_forward";
+  check_read_as(kName, x, read);
+  const DepthwiseGeometry geometry = depthwise_geometry(kName, x, weight, stride, padding, dilation);
+  TORCH_CHECK_NOT_IMPLEMENTED(weight.size(0) == x.size(1), kName, ": a channel multiplier is not supported, got ",
+                              weight.size(0) / x.size(1));
+  const Isa isa = current_isa();
+  const int64_t n = x.size(0), c = x.size(1);
+  at::Tensor y = empty_channels_last({n, c, geometry.out_h, geometry.out_w}, x);
+  at::Tensor statistics = at::empty({2, c}, x.options());
+  const at::Tensor packed = pack_depthwise_conv2d(weight, std::nullopt, std::nullopt, isa, call_weights());
+  dispatch(x.scalar_type(), [&](auto zero) {
+    run_step(DepthwiseForward<decltype(zero)>(isa, {n, x.size(2), x.size(3), c}, {n, geometry.out_h, geometry.out_w, c},
+                                              geometry.window, packed, read, at::empty({kGroups, 3, c}, x.options()),
+                                              statistics),
+             {buffer_of(x), buffer_of(y)});
+  });
+  return {y, statistics};
+}
+
+ConvGradients depthwise_conv2d_gradients(const GradientAt& gradient, const at::Tensor& x, const ReadAs& read,
+                                         const OptionalTensor& mean, const at::Tensor& weight, at::IntArrayRef stride,
+                                         at::IntArrayRef padding, at::IntArrayRef dilation, bool need_input,
+                                         bool need_weight) {
+  constexpr const char* kName = "depthwise_conv2d_gradients";
+  check_read_as(kName, x, read);
+  check_gradient(kName, gradient);
+  const DepthwiseGeometry geometry = depthwise_geometry(kName, x, weight, stride, padding, dilation);
+  TORCH_CHECK_NOT_IMPLEMENTED(weight.size(0) == x.size(1), kName, ": a channel multiplier is not supported, got ",
+                              weight.size(0) / x.size(1));
+  const Isa isa = current_isa();
+  const int64_t n = x.size(0), c = x.size(1);
+  check_vector(kName, "mean", mean, x.scalar_type(), c);
+  const std::vector<int64_t> out_sizes = {n, c, geometry.out_h, geometry.out_w};
+  TORCH_CHECK_VALUE(gradient.grad.sizes() == at::IntArrayRef(out_sizes), kName, ": grad must be the output's ",
+                    shape_string(out_sizes), ", got ", shape_string(gradient.grad.sizes()));
+  ConvGradients result;
+  if (need_input) result.input = empty_channels_last(x.sizes(), x);
+  if (need_weight) result.weight = at::empty(weight.sizes(), weight.options().requires_grad(false));
+  at::Tensor packed;
+  if (need_input) packed = pack_depthwise_conv2d(weight, std::nullopt, std::nullopt, isa, call_weights());
+  dispatch(x.scalar_type(), [&](auto zero) {
+    DepthwiseBackward<decltype(zero)> step(isa, {n, x.size(2), x.size(3), c}, {n, geometry.out_h, geometry.out_w, c},
+                                           geometry.window, packed, gradient, read, mean, need_input, need_weight);
+    at::Tensor weight_sums, norm_sums;
+    if (need_weight) weight_sums = at::empty({step.groups(), step.weight_elements()}, x.options());
+    if (need_input && mean.has_value()) norm_sums = at::empty({step.groups(), 2, c}, x.options());
+    step.set_sums(weight_sums, norm_sums);
+    run_step(step, {buffer_of(gradient.grad), gradient.y.has_value() ? buffer_of(*gradient.y) : Buffer{}, buffer_of(x),
+                    need_input ? buffer_of(result.input) : Buffer{}, need_weight ? buffer_of(result.weight) : Buffer{}});
+    if (norm_sums.defined()) result.sums = norm_sums.select(0, 0).clone();
+  });
+  return result;
+}
+
+}  // namespace mobilenet_fast
