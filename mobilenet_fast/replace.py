@@ -116,7 +116,8 @@ def restore_layers(model: nn.Module) -> nn.Module:
             )
     for _, module in replaced:
         module.__class__ = type(module).stock_class
-        vars(module).pop("_plan", None)
+        for plan in ("_plan", "_training_plan"):
+            vars(module).pop(plan, None)
     return model
 
 

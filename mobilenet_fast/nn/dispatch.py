@@ -28,6 +28,10 @@ _NAMES: dict[type, str] = {layer: name for name, layer in ACTIVATION_LAYERS.item
 _TIMM_NAMES = {"Sigmoid": "sigmoid", "HardSigmoid": "hardsigmoid", "HardSwish": "hardswish", "Swish": "silu"}
 
 
+# Where a module, or all of them, keep hooks.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+
 # Exact types whose forward is known, so that a neighbour may do its work; ours, and replaced ones, add themselves.
 _KNOWN_TYPES: set[type] = {nn.Conv2d, nn.BatchNorm2d}
 
@@ -136,11 +140,11 @@ def kernels_serve(
 def unhooked(module: nn.Module) -> bool:
     """Whether calling the module is no more than its class's forward, so that it can be skipped if its work is done."""
     state = module.__dict__
-    return not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
+    return not (any(state[name] for name in HOOKS) or "forward" in state)
 
 
 def has_global_hooks() -> bool:
-    return bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
+    return any(vars(module_hooks)[name] for name in _GLOBAL_HOOKS)
 
 
 def activation_of(kind: type) -> str | None:

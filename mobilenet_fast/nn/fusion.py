@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import _PLAIN_TYPES
-from .dispatch import activation_of, has_global_hooks, is_eager, is_known_type, known, takes_input, unhooked
+from .dispatch import HOOKS, activation_of, has_global_hooks, is_eager, is_known_type, known, takes_input, unhooked
 from .steps import Shortcut, Step, make_step
+from .training import TrainingBlock, suggests_channels_last, training_parts
 
 
 class Links(NamedTuple):
@@ -51,9 +52,11 @@ class Chained(nn.Module):
         if is_eager() and type(input) in _PLAIN_TYPES and not has_global_hooks():
             links = self.links()
             if links is not None:
-                plan = self.__dict__.get("_plan")
+                learns = _learns(self, input)
+                name, kind = ("_training_plan", TrainingPlan) if learns else ("_plan", Plan)
+                plan = self.__dict__.get(name)
                 if plan is None or not plan.holds(links):
-                    plan = self.__dict__["_plan"] = Plan(links)
+                    plan = self.__dict__[name] = kind(links)
                 if plan.fuses:
                     return plan(input)
         return self.plain_forward(input)
@@ -87,11 +90,19 @@ class Plan:
         self.states: list[dict] = []
         self.hooked: list[nn.Module] = []
         self.foreign: list[nn.Module] = []
-        self.parts = _parts(list(self._flatten(links.modules)))
+        self.parts = self.arrange(list(self._flatten(links.modules)))
         if links.adds_input:
-            self.parts = [_whole(self.parts) or Shortcut(self.parts)]
+            self.parts = [self.whole(self.parts) or Shortcut(self.parts)]
         self.kinds = list(map(type, self._seen()))
         self.fuses = any(part.fuses for part in self.parts)
+
+    def arrange(self, modules: list[nn.Module | Step]) -> list[Step]:
+        """Modules, and blocks that `whole` made, as the parts that are called one after another."""
+        return _parts(modules)
+
+    def whole(self, parts: list[Step]) -> Step | None:
+        """A block, which adds its input to what the parts give, if one step can do that."""
+        return _whole(parts)
 
     def __reduce__(self):
         return type(None), ()
@@ -120,12 +131,12 @@ class Plan:
     def _watch(self, module: nn.Module) -> None:
         """The plan holds while the module's attributes stay: each the same, children and hooks one by one."""
         state = dict(vars(module))
-        for name in ("_modules", "_forward_hooks", "_forward_pre_hooks"):
+        for name in ("_modules", *HOOKS):
             state[name] = dict(state[name])
         self.watched.append(module)
         self.states.append(state)
 
-    def _flatten(self, modules: list[nn.Module]) -> Iterator[nn.Module | Shortcut]:
+    def _flatten(self, modules: list[nn.Module]) -> Iterator[nn.Module | Step]:
         """The modules in the order of use, with those of chains in the place of the chains."""
         for module in modules:
             if not (is_known_type(type(module)) or activation_of(type(module)) is not None):
@@ -142,7 +153,7 @@ class Plan:
                 if type(module) is not nn.Identity:
                     yield module
 
-    def _flatten_chain(self, chain: Chained) -> Iterator[nn.Module | Shortcut]:
+    def _flatten_chain(self, chain: Chained) -> Iterator[nn.Module | Step]:
         links = chain.links()
         self._watch(chain)
         for child in chain.children():
@@ -154,8 +165,8 @@ class Plan:
             yield from modules
         else:
             # Among foreign modules a block is run by its own plan.
-            block = _whole(_parts(modules))
-            yield chain if block is None else block.steps[0]
+            block = self.whole(self.arrange(modules))
+            yield chain if block is None else block
 
 
 class _Segment(Step):
@@ -183,20 +194,34 @@ class _Segment(Step):
         y = x if stays else x.contiguous(memory_format=torch.channels_last)
         for step in self.steps:
             y = step(y)
-        if not stays and not any(map(_suggests_channels_last, (x, *(conv.weight for conv in self.convs)))):
+        if not stays and not any(map(suggests_channels_last, (x, *(conv.weight for conv in self.convs)))):
             y = y.contiguous()
         return y if residual is None else y + residual
 
 
-def _parts(modules: list[nn.Module | Shortcut]) -> list[Step]:
+class TrainingPlan(Plan):
+    """The plan where gradients are needed: its steps are whole blocks of convolutions, norms and activations."""
+
+    def arrange(self, modules: list[nn.Module | Step]) -> list[Step]:
+        return training_parts(modules)
+
+    def whole(self, parts: list[Step]) -> Step | None:
+        return parts[0].plus_input() if len(parts) == 1 and isinstance(parts[0], TrainingBlock) else None
+
+
+def _learns(chain: nn.Module, input: Tensor) -> bool:
+    return torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in chain.parameters()))
+
+
+def _parts(modules: list[nn.Module | _Segment]) -> list[Step]:
     """Segments, and between them what a chain knows nothing about."""
     parts: list[Step] = []
     steps: list[Step] = []
     position = 0
     while position < len(modules):
         module = modules[position]
-        if isinstance(module, Shortcut):
-            step = module
+        if isinstance(module, _Segment):
+            step = module.steps[0]
             position += 1
         else:
             step, position = make_step(modules, position)
@@ -231,11 +256,3 @@ def _keep_freed_memory() -> None:
     one such block is freed; it is never touched, and elsewhere this does nothing.
     """
     torch.empty(2**25 - 2**13, dtype=torch.uint8)
-
-
-def _suggests_channels_last(tensor: Tensor) -> bool:
-    """Whether ``suggest_memory_format`` of it is channels_last, which is strides alone."""
-    _, channels, height, width = tensor.shape
-    n, c, h, w = tensor.stride()
-    # Of a 1x1 image with one channel it is not.
-    return 0 < c and c * channels <= w and w * width <= h and c != h * height <= n

@@ -72,7 +72,7 @@ class Convolution(KernelStep):
         self.conv, self.norm, self.activation = conv, norm, activation
         self.is_pointwise = is_pointwise(conv)
         self.stride, self.dilation = reference.pair(conv.stride), reference.pair(conv.dilation)
-        self.padding = _named_padding(conv) if isinstance(conv.padding, str) else reference.pair(conv.padding)
+        self.padding = named_padding(conv) if isinstance(conv.padding, str) else reference.pair(conv.padding)
 
     def operands(self):
         return _weight_and_bias(self.conv), () if self.norm is None else _statistics(self.norm)
@@ -168,7 +168,7 @@ def make_step(modules: list[nn.Module], start: int) -> tuple[Step | None, int]:
     conv = norm = None
     activation = "none"
     if is_known(module, nn.Conv2d):
-        if not _has_kernel(module):
+        if not has_kernel(module):
             return Step(module), end
         conv, activation = module, getattr(module, "activation", "none")
         if activation == "none" and end < len(modules) and _is_norm(modules[end]):
@@ -187,18 +187,18 @@ def make_step(modules: list[nn.Module], start: int) -> tuple[Step | None, int]:
     return Norm(norm, activation, *fused) if conv is None else Convolution(conv, norm, activation, *fused), end
 
 
-def _has_kernel(conv: nn.Conv2d) -> bool:
+def has_kernel(conv: nn.Conv2d) -> bool:
     return (
         conv.padding_mode == "zeros"
         and (
             is_pointwise(conv)
             or (is_depthwise(conv) and (conv.padding != "same" or reference.pair(conv.stride) == (1, 1)))
         )
-        and _keeps_parameters(conv)
+        and keeps_parameters(conv)
     )
 
 
-def _named_padding(conv: nn.Conv2d) -> tuple[int, ...]:
+def named_padding(conv: nn.Conv2d) -> tuple[int, ...]:
     """Rows above and below, columns left and right, for padding "valid" or "same": the odd one below and right."""
     if conv.padding == "valid":
         return 0, 0
@@ -209,13 +209,13 @@ def _named_padding(conv: nn.Conv2d) -> tuple[int, ...]:
 def _is_norm(module: nn.Module) -> bool:
     return (
         is_known(module, nn.BatchNorm2d)
-        and _keeps_parameters(module)
+        and keeps_parameters(module)
         and uses_running_statistics(module)
         and getattr(module, "activation", "none") is not None
     )
 
 
-def _keeps_parameters(module: nn.Module) -> bool:
+def keeps_parameters(module: nn.Module) -> bool:
     """Whether weight and bias are where nn.Module keeps them; some put plain tensors in their place."""
     return "weight" in module._parameters and "bias" in module._parameters
 

@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import reference
+from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
 from ..ops import ACTIVATION_GRADIENTS
 from .batch_norm_act import uses_running_statistics
+from .conv2d_same import Conv2dSame
+from .depthwise import is_depthwise
+from .dispatch import activation_name, is_known, takes_input
+from .pointwise import is_pointwise
+from .squeeze_excite import SqueezeExcitation
+from .steps import Step, has_kernel, keeps_parameters, named_padding
 
 _ops = torch.ops.mobilenet_fast
 
@@ -26,15 +33,28 @@ _ops = torch.ops.mobilenet_fast
 class Stage(NamedTuple):
     """``activation(norm(conv(x)))``, each of which may be missing."""
 
-    conv: nn.Conv2d | None
-    norm: nn.BatchNorm2d | None
-    activation: str
-    padding: tuple[int, ...]
+    conv: nn.Conv2d | None = None
+    norm: nn.BatchNorm2d | None = None
+    activation: str = "none"
     is_pointwise: bool = False
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
         return (None if self.conv is None else self.conv.weight, *norm)
+
+    def statistics(self) -> tuple[Tensor | None, ...]:
+        return () if self.norm is None else (self.norm.running_mean, self.norm.running_var)
+
+    def geometry(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
+        """Stride, padding and dilation of a depthwise convolution of x."""
+        conv = self.conv
+        if isinstance(conv, Conv2dSame):
+            padding = conv.same_padding(x)
+        elif isinstance(conv.padding, str):
+            padding = named_padding(conv)
+        else:
+            padding = conv.padding
+        return conv.stride, padding, conv.dilation
 
 
 class Gate(NamedTuple):
@@ -47,6 +67,9 @@ class Gate(NamedTuple):
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+
+    def statistics(self) -> tuple[Tensor | None, ...]:
+        return ()
 
 
 class Reading(NamedTuple):
@@ -67,10 +90,138 @@ class Normalised(NamedTuple):
     by_batch: bool
 
 
+class TrainingBlock(Step):
+    """Stages one after another, plus their input if ``adds_input``."""
+
+    fuses = True
+
+    def __init__(self, stages: list[Stage | Gate], modules: list[nn.Module], adds_input: bool = False) -> None:
+        super().__init__(*modules)
+        self.stages, self.adds_input = stages, adds_input
+        self.convs = [stage.conv for stage in stages if isinstance(stage, Stage) and stage.conv is not None]
+
+    def plus_input(self) -> TrainingBlock | None:
+        return None if self.adds_input else TrainingBlock(self.stages, list(self.modules), True)
+
+    def plain(self, x, residual: Tensor | None = None):
+        y = super().plain(x, x if self.adds_input else None)
+        return y if residual is None else y + residual
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self._takes(x):
+            return self.plain(x, residual)
+        is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        y = run_block(self.stages, x.contiguous(memory_format=torch.channels_last), self.adds_input)
+        if not is_channels_last and not any(map(suggests_channels_last, (x, *(conv.weight for conv in self.convs)))):
+            y = y.contiguous()
+        return y if residual is None else y + residual
+
+    def _takes(self, x: Tensor) -> bool:
+        if not (takes_input(x) and x.is_cpu and x.dtype in _KERNEL_DTYPES and x.numel() > 0):
+            return False
+        first = self.stages[0]
+        if first.conv is not None and first.conv.in_channels != x.size(1):
+            return False
+        if first.norm is not None and first.conv is None and first.norm.num_features != x.size(1):
+            return False
+        for stage in self.stages:
+            for tensor in (*stage.parameters(), *stage.statistics()):
+                if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.dtype != x.dtype):
+                    return False
+        return True
+
+
 def run_block(stages: list[Stage | Gate], x: Tensor, adds_input: bool) -> Tensor:
     """The stages one after another, plus x if ``adds_input``; x is channels_last."""
     parameters = [p for stage in stages for p in stage.parameters()]
     return _Block.apply(stages, adds_input, x, *parameters)
+
+
+def training_parts(modules: list[nn.Module | Step]) -> list[Step]:
+    """Blocks of as many modules as one function can run, and between them those that it can't.
+
+    A block ends behind a 1x1 convolution that a depthwise one goes before: as inverted residuals do, and separable
+    convolutions.
+    """
+    parts: list[Step] = []
+    stages: list[Stage | Gate] = []
+    used: list[nn.Module] = []
+
+    def close() -> None:
+        nonlocal stages, used
+        works = any(isinstance(s, Stage) and (s.conv is not None or s.norm is not None) for s in stages)
+        parts.extend([TrainingBlock(stages, used)] if works else map(Step, used))
+        stages, used = [], []
+
+    position = 0
+    while position < len(modules):
+        stage, end = _make_stage(modules, position, stages)
+        if stage is None:
+            close()
+            module = modules[position]
+            parts.append(module if isinstance(module, Step) else Step(module))
+        else:
+            if isinstance(stage, Stage) and stage.conv is None and stages:
+                close()
+            filters = any(isinstance(s, Stage) and s.conv is not None and not s.is_pointwise for s in stages)
+            stages.append(stage)
+            used += modules[position:end]
+            if filters and isinstance(stage, Stage) and stage.is_pointwise:
+                close()
+        position = end
+    close()
+    return parts
+
+
+def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tuple[Stage | Gate | None, int]:
+    """The stage that begins with modules[start], and where the next begins; None if there is none."""
+    module, end = modules[start], start + 1
+    if isinstance(module, Step):
+        return None, end
+    if is_known(module, SqueezeExcitation):
+        parts = module.kernel_parts()
+        is_read = before and isinstance(before[-1], Stage) and (before[-1].norm or before[-1].activation != "none")
+        if parts is None or not is_read or end == len(modules) or not _is_plain_pointwise(modules[end]):
+            return None, end
+        return Gate(*parts), end
+    conv = norm = None
+    activation = "none"
+    if _is_trainable_conv(module):
+        conv, activation = module, getattr(module, "activation", "none")
+        if activation == "none" and end < len(modules) and _is_trainable_norm(modules[end]):
+            norm = modules[end]
+            end += 1
+    elif _is_trainable_norm(module):
+        norm = module
+    elif not isinstance(module, Step) and (activation := activation_name(module) or "none") == "none":
+        return None, end
+    if norm is not None:
+        activation = getattr(norm, "activation", "none")
+    if activation == "none" and end < len(modules) and not isinstance(modules[end], Step):
+        follows = activation_name(modules[end])
+        if follows is not None:
+            activation = follows
+            end += 1
+    return Stage(conv, norm, activation, conv is not None and is_pointwise(conv)), end
+
+
+def _is_plain_pointwise(module) -> bool:
+    return not isinstance(module, Step) and _is_trainable_conv(module) and is_pointwise(module)
+
+
+def _is_trainable_conv(conv: nn.Module) -> bool:
+    if not (is_known(conv, nn.Conv2d) and has_kernel(conv) and conv._parameters["bias"] is None):
+        return False
+    return is_pointwise(conv) or (is_depthwise(conv) and conv.out_channels == conv.in_channels)
+
+
+def _is_trainable_norm(norm: nn.Module) -> bool:
+    return (
+        not isinstance(norm, Step)
+        and is_known(norm, nn.BatchNorm2d)
+        and keeps_parameters(norm)
+        and getattr(norm, "activation", "none") is not None
+    )
 
 
 class _Block(torch.autograd.Function):
@@ -96,7 +247,8 @@ class _Block(torch.autograd.Function):
                     tensors += norm[:3]
                 folded = _identity(y) if norm is None and stage.activation != "none" else norm and norm.folded
                 reading = Reading(y, folded, stage.activation)
-                tensors += (y, folded)
+                # The last convolution's output is needed for its norm and activation alone.
+                tensors += (None if folded is None and stage is stages[-1] else y, folded)
         ctx.save_for_backward(*tensors)
         ctx.stages, ctx.adds_input = stages, adds_input
         residual = x if adds_input else None
@@ -162,11 +314,10 @@ class _Block(torch.autograd.Function):
                 grads[position + 1] = grad_gamma if wanted[1] else None
                 grads[position + 2] = sums[0] if wanted[2] else None
             pooled = sums = None
-            applied = False
             before, first = readings[i], i == 0
             need_input = needed[0] if first else True
             if stage.conv is None:
-                if need_input:
+                if need_input and not (applied and norm is None):
                     grad = _ops.batch_norm_gradient(grad, output.x, *behind, coefficients)
                 continue
             previous = None if first or isinstance(stages[i - 1], Gate) else kept[i - 1]
@@ -180,9 +331,8 @@ class _Block(torch.autograd.Function):
                 if fused is not None:
                     added = None
             else:
-                geometry = stage.conv.stride, stage.padding, stage.conv.dilation
                 grad, grads[position], sums, pooled = _ops.depthwise_conv2d_gradients(
-                    *at_y, *before[:3], mean, operands[i][0], *geometry, need_input, wanted[0]
+                    *at_y, *before[:3], mean, operands[i][0], *stage.geometry(before.x), need_input, wanted[0]
                 )
             if not wanted[0]:
                 grads[position] = None
@@ -201,16 +351,14 @@ def _convolve(stage: Stage, reading: Reading, weight: Tensor | None) -> tuple[Te
         return reading.x, None
     if stage.is_pointwise:
         return _ops.pointwise_conv2d_forward(*reading, weight)
-    if reading.gate is not None:
-        raise AssertionError("a gate must be followed by a pointwise convolution")
-    geometry = stage.conv.stride, stage.padding, stage.conv.dilation
-    return _ops.depthwise_conv2d_forward(*reading[:3], weight, *geometry)
+    return _ops.depthwise_conv2d_forward(*reading[:3], weight, *stage.geometry(reading.x))
 
 
 def _normalise(norm: nn.BatchNorm2d, y: Tensor, statistics: Tensor | None, weight, bias) -> Normalised:
     """The batch norm's scale and shift; running statistics are brought up to date as `nn.BatchNorm2d` does."""
     by_batch = not uses_running_statistics(norm)
     if by_batch:
+        F._verify_batch_size(y.shape)
         if statistics is None:
             statistics = _ops.batch_norm_statistics(y)
         mean, var = statistics.unbind()
@@ -278,3 +426,11 @@ def _excite_backward(stage: Gate, kept, grad_gate, operands, x) -> tuple[Tensor,
     grad_bias1 = None if bias1 is None else grad.sum(0)
     pooled = (grad @ weight1.flatten(1)).div_(x.size(2) * x.size(3))
     return pooled, (grad_weight1, grad_bias1, grad_weight2, grad_bias2)
+
+
+def suggests_channels_last(tensor: Tensor) -> bool:
+    """Whether ``suggest_memory_format`` of it is channels_last, which is strides alone."""
+    _, channels, height, width = tensor.shape
+    n, c, h, w = tensor.stride()
+    # Of a 1x1 image with one channel it is not.
+    return 0 < c and c * channels <= w and w * width <= h and c != h * height <= n
