@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import _C, cuda, reference  # noqa: F401  importing _C defines the operators
+from . import _C, cpu, cuda, reference  # noqa: F401  importing _C defines the operators
 
 OPERATIONS = ("depthwise_conv2d", "pointwise_conv2d", "batch_norm_act", "squeeze_excite")
 
@@ -33,8 +33,15 @@ _library.define(
     "Tensor? weight, Tensor? bias, float eps, str activation) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    "pointwise_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, bool need_input, bool need_weight) -> "
+    "Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 for _operation in (*OPERATIONS, "depthwise_conv2d_backward", "batch_norm_act_backward"):
     _library.impl(_operation, getattr(cuda, _operation), "CUDA")
+for _operation in ("depthwise_conv2d_backward", "pointwise_conv2d_backward", "batch_norm_act_backward"):
+    _library.impl(_operation, getattr(cpu, _operation), "CPU")
 
 
 def uses_triton(input: Tensor) -> bool:
@@ -98,6 +105,8 @@ def _(input, weight1, bias1, weight2, bias2, squeeze_activation="relu", gate_act
 
 @torch.library.register_fake("mobilenet_fast::depthwise_conv2d_backward")
 def _(grad_output, input, weight, stride, padding, dilation, need_input, need_weight):
+    if not uses_triton(input):
+        return _empty_conv_grads(input, weight, need_input, need_weight)
     from .triton_kernels.common import arrange
 
     grads = []
@@ -109,8 +118,28 @@ def _(grad_output, input, weight, stride, padding, dilation, need_input, need_we
     return grads
 
 
+@torch.library.register_fake("mobilenet_fast::pointwise_conv2d_backward")
+def _(grad_output, input, weight, need_input, need_weight):
+    return _empty_conv_grads(input, weight, need_input, need_weight)
+
+
+def _empty_conv_grads(input: Tensor, weight: Tensor, need_input: bool, need_weight: bool) -> list[Tensor]:
+    grads = []
+    if need_input:
+        channels_last = torch.channels_last in map(suggest_memory_format, (input, weight))
+        wanted = torch.channels_last if channels_last else torch.contiguous_format
+        grads.append(torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=wanted))
+    if need_weight:
+        grads.append(weight.new_empty(weight.shape))
+    return grads
+
+
 @torch.library.register_fake("mobilenet_fast::batch_norm_act_backward")
 def _(grad_output, input, running_mean, running_var, weight, bias, eps, activation):
+    if not uses_triton(input):
+        wanted = torch.contiguous_format if input.is_contiguous() else suggest_memory_format(input)
+        vector = input.new_empty(input.size(1))
+        return torch.empty_like(input, memory_format=wanted), vector, torch.empty_like(vector)
     from .triton_kernels.common import arrange_pixels
 
     grad_input = torch.empty_like(arrange_pixels(input, suggest_memory_format(input) == torch.channels_last))
@@ -118,10 +147,104 @@ def _(grad_output, input, running_mean, running_var, weight, bias, eps, activati
     return grad_input, sums[1].clone(), sums[0].clone()
 
 
+# The steps of training: a block of convolutions and batch norms runs as these (nn/training.py). Images are channels_last.
+def _image(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return x.new_empty((x.size(0), channels, height, width)).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("mobilenet_fast::pointwise_conv2d_forward")
+def _(x, folded, activation, gate, weight):
+    return _image(x, weight.size(0), x.size(2), x.size(3)), x.new_empty((2, weight.size(0)))
+
+
+@torch.library.register_fake("mobilenet_fast::depthwise_conv2d_forward")
+def _(x, folded, activation, weight, stride, padding, dilation):
+    sides = reference.each_side(reference.pair(padding))
+    map_size = map(reference.conv_output_size, x.shape[2:], weight.shape[2:], stride, sides, dilation)
+    return _image(x, x.size(1), *map_size), x.new_empty((2, x.size(1)))
+
+
+@torch.library.register_fake("mobilenet_fast::batch_norm_statistics")
+def _(x):
+    return x.new_empty((2, x.size(1)))
+
+
+@torch.library.register_fake("mobilenet_fast::batch_norm_apply")
+def _(x, folded, activation, gate, residual):
+    return _image(x, *x.shape[1:])
+
+
+@torch.library.register_fake("mobilenet_fast::batch_norm_pixel_sums")
+def _(x, folded, activation, grad):
+    return x.new_empty(x.shape[:2])
+
+
+@torch.library.register_fake("mobilenet_fast::batch_norm_gradient_sums")
+def _(grad, y, folded, activation, gate, pooled, mean):
+    return grad.new_empty((2, grad.size(1)))
+
+
+@torch.library.register_fake("mobilenet_fast::batch_norm_gradient")
+def _(grad, y, folded, activation, gate, pooled, coefficients):
+    return _image(grad, *grad.shape[1:])
+
+
+@torch.library.register_fake("mobilenet_fast::pointwise_conv2d_gradients")
+def _(
+    grad,
+    y,
+    y_folded,
+    y_activation,
+    y_gate,
+    y_pooled,
+    coefficients,
+    x,
+    folded,
+    activation,
+    gate,
+    mean,
+    weight,
+    added,
+    need_input,
+    need_weight,
+):
+    return _conv_gradients(x, gate, mean, weight, need_input, need_weight)
+
+
+@torch.library.register_fake("mobilenet_fast::depthwise_conv2d_gradients")
+def _(
+    grad,
+    y,
+    y_folded,
+    y_activation,
+    y_gate,
+    y_pooled,
+    coefficients,
+    x,
+    folded,
+    activation,
+    mean,
+    weight,
+    stride,
+    padding,
+    dilation,
+    need_input,
+    need_weight,
+):
+    return _conv_gradients(x, None, mean, weight, need_input, need_weight)
+
+
+def _conv_gradients(x, gate, mean, weight, need_input, need_weight):
+    of_x = _image(x, *x.shape[1:]) if need_input else x.new_empty(0)
+    of_weight = x.new_empty(weight.shape) if need_weight else x.new_empty(0)
+    sums = x.new_empty((2, x.size(1))) if need_input and mean is not None else x.new_empty(0)
+    of_gate = x.new_empty(x.shape[:2]) if need_input and gate is not None else x.new_empty(0)
+    return of_x, of_weight, sums, of_gate
+
+
 def _register_autograd(operation: str) -> None:
-    """Gradients of an operator: by Triton kernels or those of its reference."""
+    """Gradients of an operator: by kernels, or those of its reference."""
     formula = getattr(reference, operation)
-    triton_formula = _TRITON_GRADIENTS.get(operation)
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
@@ -131,10 +254,11 @@ def _register_autograd(operation: str) -> None:
         operands = [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
         twice = torch.is_grad_enabled()
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):  # the operands have the kernel's dtypes
-            if triton_formula is not None and uses_triton(operands[0]) and not twice:
+            gradients = (_CUDA_GRADIENTS if uses_triton(operands[0]) else _CPU_GRADIENTS).get(operation)
+            if gradients is not None and not twice:
                 given = len(ctx.needs_input_grad)  # arguments at their default are not, at the end
                 needed = (*ctx.needs_input_grad, *[False] * (len(operands) - given))
-                return triton_formula(needed, grad, *operands)[:given]
+                return gradients(needed, grad, *operands)[:given]
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
             with torch.enable_grad():
                 for i in wanted:
@@ -195,7 +319,34 @@ def _batch_norm_gradients(needed, grad, input, running_mean, running_var, weight
     return tuple(grads)
 
 
-_TRITON_GRADIENTS = {"depthwise_conv2d": _depthwise_gradients, "batch_norm_act": _batch_norm_gradients}
+def _pointwise_gradients(needed, grad, input, weight, bias, activation, gate, residual, scale):
+    if activation != "none":
+        inner = torch.ops.mobilenet_fast.pointwise_conv2d(input, weight, bias, "none", gate, residual, scale)
+        grad = ACTIVATION_GRADIENTS[activation](grad, inner)
+    grads = [None] * len(needed)
+    need_input, need_filters = needed[0] or needed[4], needed[1] or needed[6]
+    if need_input or need_filters:
+        read = input if gate is None else input * gate
+        found = torch.ops.mobilenet_fast.pointwise_conv2d_backward(
+            grad, read, reference.scaled(weight, scale), need_input, need_filters
+        )
+        if needed[0]:
+            grads[0] = found[0] if gate is None else found[0] * gate
+        if needed[4]:
+            grads[4] = (found[0] * input).sum((2, 3), keepdim=True)
+    if needed[1]:
+        grads[1] = reference.scaled(found[-1], scale)
+    if needed[2]:
+        grads[2] = grad.sum((0, 2, 3))
+    if needed[5]:
+        grads[5] = grad
+    if needed[6]:
+        grads[6] = (found[-1] * weight).sum((1, 2, 3))
+    return tuple(grads)
+
+
+_CUDA_GRADIENTS = {"depthwise_conv2d": _depthwise_gradients, "batch_norm_act": _batch_norm_gradients}
+_CPU_GRADIENTS = _CUDA_GRADIENTS | {"pointwise_conv2d": _pointwise_gradients}
 for _operation in OPERATIONS:
     _register_autograd(_operation)
 

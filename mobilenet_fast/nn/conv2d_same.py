@@ -54,7 +54,7 @@ class Conv2dSame(nn.Conv2d):
         padded = self.pad(input)
         if (
             is_depthwise(self)
-            and kernels_serve(input, self.weight, self.bias, learns_on_cuda=True)
+            and kernels_serve(input, self.weight, self.bias, learns=True)
             and input.size(1) == self.groups  # fewer would pass for a channel multiplier
         ):
             return functional.depthwise_conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation)

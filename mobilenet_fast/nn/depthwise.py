@@ -14,8 +14,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
     An `nn.Conv2d` in constructor, attributes and state_dict, with one filter, or ``out_channels / in_channels`` of
     them, for each channel. Tensors that `mobilenet_fast.functional` has kernels for run in one, bias and activation
-    included, if they need no gradient or are on a GPU, where the gradients have kernels too; everything else (training
-    on the CPU, ``padding_mode`` other than "zeros", other dtypes and devices, export) runs as `nn.Conv2d` does.
+    included, and so do their gradients; everything else (``padding_mode`` other than "zeros", other dtypes and devices,
+    export) runs as `nn.Conv2d` does.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, bias, padding_mode, device, dtype: as
@@ -73,7 +73,7 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if (
             self.padding_mode == "zeros"
-            and kernels_serve(input, self.weight, self.bias, learns_on_cuda=True)
+            and kernels_serve(input, self.weight, self.bias, learns=True)
             and input.size(1) == self.groups  # fewer would pass for a channel multiplier
         ):
             return functional.depthwise_conv2d(

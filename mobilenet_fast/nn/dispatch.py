@@ -114,22 +114,22 @@ def takes_operands(
 
 
 def kernels_serve(
-    input: Tensor, *operands: Tensor | None, norm: Iterable[Tensor | None] = (), learns_on_cuda: bool = False
+    input: Tensor, *operands: Tensor | None, norm: Iterable[Tensor | None] = (), learns: bool = False
 ) -> bool:
     """Whether one layer may hand its call to `functional`, rather than run as its stock class does.
 
     Args:
         operands: of the layer.
         norm: those of a batch norm.
-        learns_on_cuda: the operator's gradients are good there.
+        learns: gradients may be needed: the operator has kernels for them.
     """
     if not takes_input(input):
         return False
     if input.is_cpu:
-        takes = takes_operands(input, operands, norm)
+        takes = takes_operands(input, operands, norm, learns=learns)
     else:
         casts = torch.is_autocast_enabled("cuda")  # the operators do what autocast asks
-        takes = takes_operands(input, operands, norm, casts=casts, learns=learns_on_cuda)
+        takes = takes_operands(input, operands, norm, casts=casts, learns=learns)
     if not takes:
         return False
     if torch.compiler.is_compiling():

@@ -12,8 +12,8 @@ from .dispatch import is_known, kernels_serve, known
 class PointwiseConv2d(nn.Conv2d):
     """``activation(nn.Conv2d(in_channels, out_channels, 1)(input))``
 
-    An `nn.Conv2d` in attributes and state_dict. Tensors that `mobilenet_fast.functional` has kernels for and that need
-    no gradient run in one, everything else as `nn.Conv2d` does.
+    An `nn.Conv2d` in attributes and state_dict. Tensors that `mobilenet_fast.functional` has kernels for run in one, and
+    on the CPU so do their gradients; everything else runs as `nn.Conv2d` does.
 
     Args:
         in_channels, out_channels, bias, device, dtype: as `nn.Conv2d` takes them.
@@ -46,7 +46,7 @@ class PointwiseConv2d(nn.Conv2d):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_pointwise(self) and kernels_serve(input, self.weight, self.bias):
+        if is_pointwise(self) and kernels_serve(input, self.weight, self.bias, learns=input.is_cpu):
             return functional.pointwise_conv2d(input, self.weight, self.bias, activation=self.activation)
         return reference.activation(super().forward(input), self.activation)
 
