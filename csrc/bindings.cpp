@@ -11,7 +11,7 @@
 #include <cstring>
 
 #include "engine/plan.h"
-#include "steps/common.h"
+#include "steps/training.h"
 
 namespace mobilenet_fast {
 namespace {
@@ -144,6 +144,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("cpu_isa", [] { return std::string(isa_name(current_isa())); });
+  m.def("override_isa", &override_isa, py::arg("name"));
+  m.def("release_memory", &release_images);
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (Isa isa : available_isas()) names.push_back(isa_name(isa));

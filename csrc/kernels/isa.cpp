@@ -34,6 +34,9 @@ Isa from_environment() {
   return cap == nullptr || *cap == '\0' ? available_isas().front() : parse_isa(cap, "MOBILENET_FAST_ISA");
 }
 
+thread_local bool is_overridden = false;
+thread_local Isa overriding = Isa::kScalar;
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -63,7 +66,12 @@ Isa parse_isa(const std::string& name, const std::string& what) {
 
 Isa current_isa() {
   static const Isa isa = from_environment();
-  return isa;
+  return is_overridden ? overriding : isa;
+}
+
+void override_isa(const std::string& name) {
+  if (!name.empty()) overriding = parse_isa(name, "override_isa");
+  is_overridden = !name.empty();
 }
 
 }  // namespace mobilenet_fast

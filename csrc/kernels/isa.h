@@ -18,6 +18,9 @@ const std::vector<Isa>& available_isas();
 // set.
 Isa current_isa();
 
+// Makes the calling thread's current set the one with this name, or what it was for an empty name: for tests.
+void override_isa(const std::string& name);
+
 // The set with this name. Throws std::invalid_argument naming the valid values. `what` begins the message.
 Isa parse_isa(const std::string& name, const std::string& what);
 

@@ -52,10 +52,6 @@ int64_t groups_of_images(const PixelBlocks& blocks) { return blocks.parts > 1 ? 
 
 bool is_dense_channels_last(const at::Tensor& image) { return image.is_contiguous(at::MemoryFormat::ChannelsLast); }
 
-at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::Tensor& like) {
-  return at::empty(sizes, like.options().requires_grad(false), at::MemoryFormat::ChannelsLast);
-}
-
 namespace {
 
 void check_image(const char* operation, const char* name, const at::Tensor& image, const at::Tensor& like) {

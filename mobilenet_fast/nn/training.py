@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
@@ -257,13 +256,14 @@ class _Block(torch.autograd.Function):
         return _ops.batch_norm_apply(*reading[:3], reading.gate, residual)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         stages, (x, *tensors) = ctx.stages, ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
         count = sum(len(stage.parameters()) for stage in stages)
         parameters, tensors = tensors[:count], tensors[count:]
         needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # this pass is to be differentiated in turn
+            return None, None, *_differentiable_gradients(ctx, needed, grad, x, parameters, tensors)
+        grad = grad.contiguous(memory_format=torch.channels_last)
         by_batch = list(ctx.by_batch)
         grads: list[Tensor | None] = [None] * count
 
@@ -344,6 +344,42 @@ class _Block(torch.autograd.Function):
         elif added is not None:
             grad = grad + added
         return None, None, grad, *grads
+
+
+def _differentiable_gradients(ctx, needed, grad, x, parameters, tensors) -> tuple[Tensor | None, ...]:
+    """The gradients by PyTorch's operators, from the block computed again."""
+    with torch.enable_grad():
+        # Aliases end this small graph at the operands, and still lead on to them.
+        operands = [None if t is None else t.view_as(t) for t in (x, *parameters)]
+        x, *parameters = operands
+        z, by_batch = x, iter(ctx.by_batch)
+        for stage in ctx.stages:
+            mine, parameters = parameters[: len(stage.parameters())], parameters[len(stage.parameters()) :]
+            if isinstance(stage, Gate):
+                weight1, bias1, weight2, bias2 = mine
+                z = reference.squeeze_excite(z, weight1, bias1, weight2, bias2, stage.squeeze, stage.gate)
+                tensors = tensors[4:]
+                continue
+            weight, gamma, beta = mine
+            if stage.is_pointwise:
+                z = F.conv2d(z, weight)
+            elif stage.conv is not None:
+                z = reference.depthwise_conv2d(z, weight, None, *stage.geometry(z))
+            if stage.norm is not None:
+                mean, inverse = tensors[:2]
+                tensors = tensors[3:]
+                if next(by_batch):
+                    z = F.batch_norm(z, None, None, gamma, beta, True, eps=stage.norm.eps)
+                else:
+                    variance = inverse**-2 - stage.norm.eps
+                    z = F.batch_norm(z, mean, variance, gamma, beta, False, eps=stage.norm.eps)
+            z = reference.ACTIVATIONS[stage.activation](z)
+            tensors = tensors[2:]
+        if ctx.adds_input:
+            z = z + x
+        wanted = [t for t, need in zip(operands, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(z, wanted, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in needed)
 
 
 def _convolve(stage: Stage, reading: Reading, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:

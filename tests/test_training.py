@@ -1,0 +1,360 @@
+"""Blocks in training: every kernel of the backward pass by instruction set and dtype against float64 autograd of the
+plain modules, and what trainers do with a network."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ACTIVATIONS, case_id, pairwise
+from torch import nn
+
+import mobilenet_fast
+from mobilenet_fast import _C
+from mobilenet_fast import nn as fast
+from mobilenet_fast.nn import training
+from mobilenet_fast.nn.dispatch import ACTIVATION_LAYERS
+
+DTYPES = (torch.float32, torch.float64)
+# Largest difference allowed, in units of the last place of the largest element, or four times what PyTorch's own layers
+# err in the same dtype, if that is more. Gradients are measured by the largest of all: of a norm's bias before another
+# norm nothing is left but rounding.
+UNITS = 64
+
+
+@pytest.fixture
+def on_isa(isa):
+    _C.override_isa(isa)
+    yield isa
+    _C.override_isa("")
+
+
+def randomised(module, seed=0):
+    """Batch norms as a trained network has them; not what they are made with, which would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor, low, high in ((norm.weight, 0.5, 1.5), (norm.bias, -1, 1)):
+                if tensor is not None:
+                    nn.init.uniform_(tensor, low, high, generator=generator)
+            if norm.running_mean is not None:
+                norm.running_mean.uniform_(-1, 1, generator=generator)
+                norm.running_var.uniform_(0.5, 2, generator=generator)
+    return module
+
+
+def inverted_residual(channels=8, hidden=24, out=16, kernel=3, stride=1, activation="relu", squeeze=True, **norm):
+    layer = ACTIVATION_LAYERS[activation]
+    padding = norm.pop("padding", (kernel - 1) // 2)
+    dilation = norm.pop("dilation", 1)
+    layers = [
+        *(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden, **norm), layer()),
+        nn.Conv2d(hidden, hidden, kernel, stride, padding, dilation, hidden, bias=False),
+        *(nn.BatchNorm2d(hidden, **norm), layer()),
+    ]
+    if squeeze:
+        layers.append(fast.SqueezeExcitation(hidden, 6, "relu", "hardsigmoid"))
+    layers += [nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out, **norm)]
+    return randomised(fast.FusedSequential(*layers))
+
+
+def image(n=2, channels=8, height=9, width=10, dtype=torch.float32, seed=0):
+    x = torch.randn((n, channels, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(dtype).to(memory_format=torch.channels_last)
+
+
+def step(module, x, seed=1):
+    """Output, gradients and buffers after a forward and a backward pass."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    module.zero_grad()
+    y = module(x)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(y.dtype)
+    y.backward(grad)
+    result = {"output": y.detach(), "input": x.grad}
+    result |= {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    result |= {f"buffer {name}": b for name, b in module.named_buffers() if b.is_floating_point()}
+    return result
+
+
+class Hardsigmoid(nn.Module):
+    """PyTorch's own has a gradient whose constant is a float32, in float64 too."""
+
+    def forward(self, x):
+        return F.relu6(x + 3) / 6
+
+
+def exactly(module):
+    module = copy.deepcopy(module).double()
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Hardsigmoid:
+                setattr(parent, name, Hardsigmoid())
+    return module
+
+
+def plain(module, monkeypatch):
+    monkeypatch.setattr(training.TrainingBlock, "_takes", lambda self, x: False)
+    monkeypatch.setattr(fast.fusion.Chained, "forward", lambda self, x: self.plain_forward(x))
+    return module
+
+
+def check(module, x, monkeypatch, blocks=None):
+    """A step of the module against one of its plain layers in float64, and against theirs in its own dtype."""
+    stock, exact = copy.deepcopy(module), exactly(module)
+    calls = []
+    with monkeypatch.context() as patch:
+        apply = training._Block.apply
+        patch.setattr(training._Block, "apply", lambda *a: (calls.append(a[0]), apply(*a))[1])
+        actual = step(module.to(x.dtype), x)
+    assert len(calls) == blocks if blocks is not None else calls
+    with monkeypatch.context() as patch:
+        expected, eager = step(plain(exact, patch), x.double()), step(plain(stock.to(x.dtype), patch), x)
+    assert actual.keys() == expected.keys()
+    of_values = {name for name in expected if name == "output" or name.startswith("buffer")}
+    steepest = max(value.abs().max() for name, value in expected.items() if name not in of_values)
+    for name, value in expected.items():
+        size = value.abs().max() if name in of_values else steepest
+        allowed = max(UNITS * torch.finfo(x.dtype).eps * size, 4 * (eager[name] - value).abs().max())
+        error = (actual[name].double() - value).abs().max()
+        assert error <= allowed, f"{name}: {error / size:.1e} of the largest, allowed {allowed / size:.1e}"
+
+
+CASES = pairwise(
+    lambda kernel, padding, dilation, size, stride, **case: all(
+        n + 2 * (dilation * (kernel - 1) // 2 if padding is None else padding) > dilation * (kernel - 1) for n in size
+    ),
+    kernel=(3, 5, 7, 4, 1),
+    stride=(1, 2, 3),
+    dilation=(1, 2),
+    padding=(None, 0, 3),
+    activation=ACTIVATIONS,
+    squeeze=(False, True),
+    channels=(1, 8, 17),
+    hidden=(2, 16, 37, 130),
+    size=((9, 10), (7, 7), (17, 33), (16, 15)),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_blocks(case, dtype, on_isa, monkeypatch):
+    case = dict(case)
+    height, width = case.pop("size")
+    if case["padding"] is None:
+        case["padding"] = case["dilation"] * (case["kernel"] - 1) // 2
+    check(inverted_residual(**case), image(3, case["channels"], height, width, dtype), monkeypatch, blocks=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ((1, 70, 112, 56), (40, 8, 5, 5), (2, 300, 30, 30)), ids=str)
+def test_work_that_is_cut(shape, dtype, on_isa, monkeypatch):
+    """Bands of rows, slices of channels, several images a block, more images than groups."""
+    n, hidden, height, width = shape
+    for stride, kernel in ((1, 5), (2, 3)):
+        module = inverted_residual(hidden=hidden, kernel=kernel, stride=stride, activation="hardswish", squeeze=n == 2)
+        check(module, image(n, 8, height, width, dtype), monkeypatch, blocks=1)
+
+
+@pytest.mark.parametrize("norm", ({"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}))
+def test_batch_norms_of_every_kind(norm, monkeypatch):
+    module = inverted_residual(**norm)
+    check(module, image(), monkeypatch)
+    check(module, image(seed=5), monkeypatch)  # a second step, with the statistics of the first
+    tracked = [b for name, b in module.named_buffers() if name.endswith("num_batches_tracked")]
+    assert all(count == 2 for count in tracked)
+
+
+def test_a_mean_far_from_zero(monkeypatch):
+    x = image(dtype=torch.float32) + 1000
+    check(inverted_residual(squeeze=False), x, monkeypatch)
+
+
+@pytest.mark.parametrize("frozen", ("norms", "weights", "first norm", "input"))
+def test_frozen_parts(frozen, monkeypatch):
+    module, x = inverted_residual(), image()
+    if frozen == "norms":
+        for norm in module:
+            norm.train(not isinstance(norm, nn.BatchNorm2d))
+    elif frozen == "weights":
+        module.requires_grad_(False)
+        module[4].weight.requires_grad_()
+    elif frozen == "first norm":
+        module[1].eval().requires_grad_(False)
+    if frozen != "input":
+        return check(module, x, monkeypatch)
+    same = copy.deepcopy(module)
+    module(x).sum().backward()
+    same(x.requires_grad_()).sum().backward()
+    for a, b in zip(module.parameters(), same.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+def test_layouts(layout, monkeypatch):
+    module, x = inverted_residual(), image().contiguous(memory_format=layout)
+    expected = copy.deepcopy(module)
+    y = module(x.requires_grad_())
+    with monkeypatch.context() as patch:
+        assert y.stride() == plain(expected, patch)(x).stride()
+    check(module, image()[:, :, ::2, 1:], monkeypatch)
+
+
+def test_results_do_not_depend_on_threads():
+    module, x = inverted_residual(hidden=70, kernel=5), image(9, 8, 40, 40)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            results.append(step(copy.deepcopy(module), x))
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in results[0].items():
+        assert all(torch.equal(value, other[name]) for other in results[1:]), name
+
+
+@pytest.mark.parametrize("activation", ("none", "silu", "sigmoid"))
+@pytest.mark.parametrize("squeeze", (False, True))
+def test_gradcheck(activation, squeeze):
+    module = inverted_residual(2, 4, 3, activation=activation, squeeze=squeeze).double()
+    names, parameters = zip(*module.named_parameters(), strict=True)
+
+    def call(x, *values):
+        with torch.nn.utils.parametrize.cached():
+            for name, value in zip(names, values, strict=True):
+                owner, _, attribute = name.rpartition(".")
+                module.get_submodule(owner)._parameters[attribute] = value
+            stages = training.training_parts(list(module))[0].stages
+            return training.run_block(stages, x, False)
+
+    assert torch.autograd.gradcheck(call, (image(2, 2, 4, 3, torch.float64).requires_grad_(), *parameters))
+
+
+@pytest.mark.parametrize("by_batch", (False, True))
+def test_second_derivatives(by_batch, monkeypatch):
+    module = inverted_residual(activation="silu").double()
+    module[6].scale_activation = nn.Sigmoid()
+    if not by_batch:
+        module[1].eval()
+        module[4].eval()
+
+    def penalty(module):
+        x = image(dtype=torch.float64).requires_grad_()
+        y = module(x)
+        (grad,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+        (grad**2).sum().backward()
+        return [p.grad for p in module.parameters()]
+
+    with monkeypatch.context() as patch:
+        expected = penalty(plain(exactly(module), patch))
+    for actual, value in zip(penalty(module), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-9, atol=1e-9 * value.abs().max())
+
+
+def test_one_value_a_channel_is_refused_as_pytorch_does():
+    module = inverted_residual(stride=3)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        module(image(1, 8, 3, 3).requires_grad_())
+    module.eval()
+    assert module(image(1, 8, 3, 3).requires_grad_()).shape == (1, 16, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ("forward", "pre", "backward", "backward_pre"))
+@pytest.mark.parametrize("position", range(9))
+def test_hooks_inside_fire(position, kind, monkeypatch):
+    module = inverted_residual()
+    check(module, image(), monkeypatch)
+    fired = []
+    hook = {
+        "forward": "register_forward_hook",
+        "pre": "register_forward_pre_hook",
+        "backward": "register_full_backward_hook",
+        "backward_pre": "register_full_backward_pre_hook",
+    }[kind]
+    handle = getattr(module[position], hook)(lambda *a: fired.append(kind) and None)
+    module(image().requires_grad_()).sum().backward()
+    assert fired == [kind]
+    handle.remove()
+    check(module, image(), monkeypatch)
+    assert fired == [kind]
+
+
+def saved_bytes(module, x):
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x.requires_grad_())
+    keep = {y.untyped_storage().data_ptr()} | parameters
+    return sum(size for data, size in held.items() if data not in keep)
+
+
+def test_a_block_keeps_little(monkeypatch):
+    module = fast.InvertedResidual(40, 120, 40, 5, squeeze_channels=32)
+    x = image(4, 40, 28, 28)
+    ours = saved_bytes(module, x)
+    with monkeypatch.context() as patch:
+        stock = saved_bytes(plain(module, patch), x)
+    assert ours <= 0.45 * stock
+
+
+def trainable(name):
+    torch.manual_seed(0)
+    return randomised(getattr(mobilenet_fast.models, name)(num_classes=5, dropout=0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small", "mnasnet_a1", "xception"))
+def test_networks(name, dtype, monkeypatch):
+    model = trainable(name)
+    if dtype == torch.float32:
+        # Where an activation's slope jumps, rounding decides on which side of it some of a network's values lie.
+        for parent in list(model.modules()):
+            for child, layer in parent.named_children():
+                if isinstance(layer, (nn.ReLU, nn.ReLU6, nn.Hardswish)):
+                    setattr(parent, child, nn.SiLU())
+    check(model, image(4, 3, 64, 64, dtype), monkeypatch)
+
+
+def test_ten_steps_lose_the_same(monkeypatch):
+    ours = trainable("mobilenet_v3_small")
+    stock = copy.deepcopy(ours)
+    exact = exactly(ours)
+    x, labels = image(8, 3, 64, 64), torch.arange(8) % 5
+
+    def losses(model, x):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        found = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return torch.tensor(found, dtype=torch.float64)
+
+    actual = losses(ours, x)
+    with monkeypatch.context() as patch:
+        expected, eager = losses(plain(exact, patch), x.double()), losses(plain(stock, patch), x)
+    assert expected[-1] < expected[0]
+    assert (actual - expected).abs().max() <= max(1e-5, 4 * (eager - expected).abs().max())
+
+
+def test_copies_pickles_and_state_dicts_stay_stock():
+    module = inverted_residual()
+    module(image().requires_grad_()).sum().backward()
+    again = copy.deepcopy(module)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for other in (again, loaded):
+        assert list(other.state_dict()) == list(module.state_dict())
+        a, b = step(module, image()), step(other, image())
+        assert torch.equal(a["output"], b["output"]) and torch.equal(a["input"], b["input"])
