@@ -165,7 +165,8 @@ struct DepthwiseGradArgs {
   T* weight_grad;
 };
 
-// out[i, j] += sum over rows of a[row, i] * b[row, j] for i < columns_a and j < columns_b.
+// out[i, j] += sum over rows of a[row, i] * b[row, j] for i < columns_a and j < columns_b. `panel` is room for `rows` of
+// `panel_vectors` vectors. While it computes, it brings what is read next into L2: `fetch_bytes` from each of `fetch` on.
 template <class T>
 struct GemmTransposedArgs {
   const T* a;
@@ -175,6 +176,10 @@ struct GemmTransposedArgs {
   int64_t rows;
   T* out;
   int64_t out_stride;
+  T* panel;
+  static constexpr int kFetches = 3;
+  const void* fetch[kFetches];  // or null
+  int64_t fetch_bytes[kFetches];
 };
 
 // The kernels of one instruction set and one element type.

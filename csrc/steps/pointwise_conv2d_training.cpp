@@ -5,12 +5,15 @@
 namespace mobilenet_fast {
 namespace {
 
-// Pixels a block: what is read, computed and written for them fits into half of the L2 cache, weights aside.
+// Pixels a block: what is read, computed and written for them fits into half of the L2 cache, weights aside, but there
+// are `least`.
 template <class T>
-int64_t block_pixels(const Kernels<T>& kernels, int64_t values) {
+int64_t block_pixels(int64_t values, int64_t least) {
   const int64_t most = l2_cache_bytes() / 2 / static_cast<int64_t>(sizeof(T)) / values;
-  return std::clamp<int64_t>(most / kernels.panel_rows * kernels.panel_rows, 4 * kernels.panel_rows, 384);
+  return std::clamp<int64_t>(most, least, 384);
 }
+// Each block adds to all weight gradients, which come from beyond L2 where they are many: so many pixels are worth it.
+constexpr int64_t kLeastForward = 48, kLeastBackward = 196, kManyWeights = 64 * 1024;
 
 template <class T>
 class PointwiseForward final : public Step {
@@ -22,7 +25,7 @@ class PointwiseForward final : public Step {
         columns_(out_channels),
         packed_(packed),
         read_(read),
-        blocks_(shape.n, shape.pixels(), block_pixels(kernels_, shape.c + out_channels)),
+        blocks_(shape.n, shape.pixels(), block_pixels<T>(shape.c + out_channels, kLeastForward)),
         groups_(std::min(blocks_.count(), kGroups)),
         counts_(groups_),
         sums_(std::move(sums)),
@@ -105,7 +108,7 @@ class PointwiseBackward final : public Step {
         need_input_(need_input),
         need_weight_(need_weight),
         adds_(adds),
-        blocks_(shape.n, shape.pixels(), block_pixels(kernels_, 2 * shape.c + out_channels)) {
+        blocks_(shape.n, shape.pixels(), block_pixels<T>(2 * shape.c + out_channels, shape.c * out_channels > kManyWeights ? kLeastBackward : kLeastForward)) {
     // Each group has a weight gradient of its own: fewer where those are larger than what they are summed from.
     const int64_t most = need_weight ? (int64_t{1} << 21) / (shape.c * out_channels) : kGroups;
     groups_ = std::min(blocks_.count(), std::clamp<int64_t>(most, 4, kGroups));
@@ -122,7 +125,7 @@ class PointwiseBackward final : public Step {
       if (need_weight_) std::fill_n(weight_sums(g), shape_.c * columns_, T(0));
       if (sums_.norm.defined()) std::fill_n(sums_.norm.data_ptr<T>() + g * 2 * shape_.c, 2 * shape_.c, T(0));
       const Range range = share(blocks_.count(), groups_, g);
-      for (int64_t b = range.begin; b < range.end; ++b) run_block(work, g, b);
+      for (int64_t b = range.begin; b < range.end; ++b) run_block(work, g, b, b + 1 == range.end);
     }
     work.team.sync();
     if (need_weight_) {
@@ -135,14 +138,15 @@ class PointwiseBackward final : public Step {
   }
 
   size_t thread_scratch_bytes() const override {
-    return static_cast<size_t>(blocks_.largest() * (2 * shape_.c + columns_)) * sizeof(T);
+    const int64_t panel = need_weight_ ? kernels_.panel_vectors * kernels_.lanes : 0;
+    return static_cast<size_t>(blocks_.largest() * (2 * shape_.c + columns_ + panel)) * sizeof(T);
   }
   std::string describe() const override { return "pointwise gradients"; }
 
  private:
   T* weight_sums(int64_t g) const { return sums_.weight.data_ptr<T>() + g * shape_.c * columns_; }
 
-  void run_block(const Work& work, int64_t g, int64_t b) const {
+  void run_block(const Work& work, int64_t g, int64_t b, bool last) const {
     const Range rows = blocks_.block(b);
     const int64_t c = shape_.c;
     const T *grad = work.buffer<T>(0), *y = work.buffer<T>(1), *x = work.buffer<T>(2);
@@ -169,11 +173,24 @@ class PointwiseBackward final : public Step {
         });
         a = z;
       }
-      if (columns_ >= c) {
-        kernels_.gemm_transposed({a, c, c, d, columns_, columns_, rows.size(), weight_sums(g), columns_});
-      } else {
-        kernels_.gemm_transposed({d, columns_, columns_, a, c, c, rows.size(), weight_sums(g), c});
+      GemmTransposedArgs<T> args{};
+      args.rows = rows.size();
+      args.a = columns_ >= c ? a : d;
+      args.b = columns_ >= c ? d : a;
+      args.a_stride = args.columns_a = std::min(columns_, c);
+      args.b_stride = args.columns_b = args.out_stride = std::max(columns_, c);
+      args.out = weight_sums(g);
+      args.panel = of_y + rows.size() * columns_;
+      if (!last) {
+        const Range next = blocks_.block(b + 1);
+        const int64_t y_bytes = next.size() * columns_ * static_cast<int64_t>(sizeof(T));
+        args.fetch[0] = grad + next.begin * columns_;
+        args.fetch[1] = d == of_y && y != nullptr ? y + next.begin * columns_ : nullptr;
+        args.fetch[2] = x + next.begin * c;
+        args.fetch_bytes[0] = args.fetch_bytes[1] = y_bytes;
+        args.fetch_bytes[2] = next.size() * c * static_cast<int64_t>(sizeof(T));
       }
+      kernels_.gemm_transposed(args);
     }
     if (!need_input_) return;
     T* out = work.buffer<T>(3) + rows.begin * c;
