@@ -1,33 +1,49 @@
 // The matrix product of a pointwise convolution's weight gradient: see GemmTransposedArgs for the operation.
 //
 // As in the other product a tile of outputs stays in registers, 6 × 4 vectors, and each row costs it ten loads for 24
-// multiply-adds. The four vectors of b are copied out of their rows first, once for all tiles below each other: rows of
-// some hundred channels would meet in few sets of L1. What comes next from memory is fetched meanwhile, a line a row:
-// passes over memory and products alternate, and each would wait for the other.
+// multiply-adds. The four vectors of b are copied out of some rows first, which L1 holds for all tiles below each other:
+// where they lie, rows of some hundred channels would meet in few sets of L1. What comes next from memory is fetched
+// meanwhile, as evenly as it goes: passes over memory and products alternate, and each would wait for the other.
 #pragma once
 
 namespace mobilenet_fast {
 namespace MF_ISA {
 namespace {
 
-// The lines to fetch, one after another.
+constexpr int64_t kPanelRows = 96;
+
+// What is left to fetch, some bytes a row.
 template <class T>
 struct LineFetcher {
   const GemmTransposedArgs<T>& g;
-  int stream = -1;
+  int64_t step = 0;
+  int stream = 0;
   const char *next = nullptr, *end = nullptr;
 
-  void advance() {
-    while (next >= end && stream < GemmTransposedArgs<T>::kFetches) {
-      if (++stream == GemmTransposedArgs<T>::kFetches) break;
+  LineFetcher(const GemmTransposedArgs<T>& args, int64_t all_rows) : g(args) {
+    int64_t bytes = 0;
+    for (int i = 0; i < g.kFetches; ++i) bytes += g.fetch[i] == nullptr ? 0 : g.fetch_bytes[i];
+    step = bytes / (all_rows > 0 ? all_rows : 1) + 1;
+    start();
+  }
+  void start() {
+    for (; stream < g.kFetches && next >= end; ++stream) {
       next = static_cast<const char*>(g.fetch[stream]);
       end = next == nullptr ? nullptr : next + g.fetch_bytes[stream];
     }
   }
+  // Where to fetch from for the next `rows` rows.
+  const char* take(int64_t rows) {
+    if (next >= end) start();
+    const char* from = next;
+    next += rows * step;
+    return from;
+  }
 };
 
 template <class T, int kColumns, int kVectors>
-void gemm_transposed_tile(const GemmTransposedArgs<T>& g, int64_t i, int64_t j, int last, LineFetcher<T>& lines) {
+void gemm_transposed_tile(const GemmTransposedArgs<T>& g, const T* a, int64_t rows, T* out, int last, const char* fetch,
+                          int64_t fetch_step) {
   using V = Vec<T>;
   typename V::Reg acc[kColumns][kVectors];
 #pragma GCC unroll 12
@@ -35,32 +51,26 @@ void gemm_transposed_tile(const GemmTransposedArgs<T>& g, int64_t i, int64_t j, 
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) acc[r][v] = V::set1(0);
   }
-  const T *a = g.a + i, *b = g.panel;
-  const int64_t a_stride = g.a_stride;
-  for (int64_t row = 0; row < g.rows;) {
-    lines.advance();
-    const int64_t left = g.rows - row;
-    const int64_t fetching = (lines.end - lines.next + kCacheLine - 1) / kCacheLine;
-    const int64_t count = fetching > 0 && fetching < left ? fetching : left;
-    // Without anything to fetch, the same line again costs nothing.
-    const char* line = fetching > 0 ? lines.next : reinterpret_cast<const char*>(b);
-    const int64_t line_step = fetching > 0 ? kCacheLine : 0;
-    for (int64_t n = 0; n < count; ++n, a += a_stride, b += kVectors * V::kLanes, line += line_step) {
-      __builtin_prefetch(line, 0, 2);
-      typename V::Reg w[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) w[v] = V::load(b + v * V::kLanes);
+  // The outputs may lie far away.
 #pragma GCC unroll 12
-      for (int r = 0; r < kColumns; ++r) {
-        const auto x = V::set1(a[r]);
+  for (int r = 0; r < kColumns; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = V::fma(x, w[v], acc[r][v]);
-      }
-    }
-    if (fetching > 0) lines.next = line;
-    row += count;
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + r * g.out_stride + v * V::kLanes, 1, 3);
   }
-  T* out = g.out + i * g.out_stride + j;
+  const T* b = g.panel;
+  const int64_t a_stride = g.a_stride;
+  for (int64_t row = 0; row < rows; ++row, a += a_stride, b += kVectors * V::kLanes, fetch += fetch_step) {
+    __builtin_prefetch(fetch, 0, 2);
+    typename V::Reg w[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) w[v] = V::load(b + v * V::kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kColumns; ++r) {
+      const auto x = V::set1(a[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = V::fma(x, w[v], acc[r][v]);
+    }
+  }
   const bool whole = last == V::kLanes;
 #pragma GCC unroll 12
   for (int r = 0; r < kColumns; ++r, out += g.out_stride) {
@@ -77,7 +87,7 @@ void gemm_transposed_tile(const GemmTransposedArgs<T>& g, int64_t i, int64_t j, 
 }
 
 template <class T>
-using GemmTransposedTile = void (*)(const GemmTransposedArgs<T>&, int64_t, int64_t, int, LineFetcher<T>&);
+using GemmTransposedTile = void (*)(const GemmTransposedArgs<T>&, const T*, int64_t, T*, int, const char*, int64_t);
 
 template <class T, int kVectors, int kColumns = (kVectors == 1 ? 2 : 1) * 6>
 GemmTransposedTile<T> select_gemm_transposed(int columns) {
@@ -96,13 +106,11 @@ GemmTransposedTile<T> select_gemm_transposed(int columns, int vectors) {
   return vectors == 2 ? select_gemm_transposed<T, 2>(columns) : select_gemm_transposed<T, 1>(columns);
 }
 
-// Columns of b from j on, dense; past the last of `last` lanes are zeros.
+// Columns of b, dense; past the last of `last` lanes are zeros.
 template <class T>
-void copy_panel(const GemmTransposedArgs<T>& g, int64_t j, int vectors, int last) {
+void copy_panel(const T* b, int64_t stride, int64_t rows, int vectors, int last, T* panel) {
   using V = Vec<T>;
-  const T* b = g.b + j;
-  T* panel = g.panel;
-  for (int64_t row = 0; row < g.rows; ++row, b += g.b_stride) {
+  for (int64_t row = 0; row < rows; ++row, b += stride) {
     for (int v = 0; v < vectors; ++v, panel += V::kLanes) {
       V::store(panel, v == vectors - 1 ? V::load_n(b + v * V::kLanes, last) : V::load(b + v * V::kLanes));
     }
@@ -114,17 +122,22 @@ void gemm_transposed(const GemmTransposedArgs<T>& g) {
   constexpr int kLanes = Vec<T>::kLanes;
   const int64_t vectors = (g.columns_b + kLanes - 1) / kLanes;
   const int64_t panels = panel_count(vectors, GemmShape<T>::kPanelVectors);
-  LineFetcher<T> lines{g};
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t first = panel_first_vector(p, panels, vectors);
-    const int panel_vectors = static_cast<int>(panel_first_vector(p + 1, panels, vectors) - first);
-    const int64_t j = first * kLanes, width = g.columns_b - j;
-    const int last = static_cast<int>(width < panel_vectors * kLanes ? width - (panel_vectors - 1) * kLanes : kLanes);
-    copy_panel(g, j, panel_vectors, last);
-    const int64_t most = panel_vectors == 1 ? 12 : 6, tiles = (g.columns_a + most - 1) / most;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t i = t * g.columns_a / tiles, end = (t + 1) * g.columns_a / tiles;
-      select_gemm_transposed<T>(static_cast<int>(end - i), panel_vectors)(g, i, j, last, lines);
+  const int64_t chunks = (g.rows + kPanelRows - 1) / kPanelRows;
+  LineFetcher<T> lines(g, g.rows * panels * ((g.columns_a + 5) / 6));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t row = chunk * g.rows / chunks, rows = (chunk + 1) * g.rows / chunks - row;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t first = panel_first_vector(p, panels, vectors);
+      const int panel_vectors = static_cast<int>(panel_first_vector(p + 1, panels, vectors) - first);
+      const int64_t j = first * kLanes, width = g.columns_b - j;
+      const int last = static_cast<int>(width < panel_vectors * kLanes ? width - (panel_vectors - 1) * kLanes : kLanes);
+      copy_panel(g.b + row * g.b_stride + j, g.b_stride, rows, panel_vectors, last, g.panel);
+      const int64_t most = panel_vectors == 1 ? 12 : 6, tiles = (g.columns_a + most - 1) / most;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t i = t * g.columns_a / tiles, end = (t + 1) * g.columns_a / tiles;
+        select_gemm_transposed<T>(static_cast<int>(end - i), panel_vectors)(
+            g, g.a + row * g.a_stride + i, rows, g.out + i * g.out_stride + j, last, lines.take(rows), lines.step);
+      }
     }
   }
 }

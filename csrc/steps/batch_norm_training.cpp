@@ -174,7 +174,7 @@ at::Tensor batch_norm_pixel_sums(const at::Tensor& x, const ReadAs& read, const 
   return sums;
 }
 
-at::Tensor batch_norm_gradient_sums(const GradientAt& gradient, const at::Tensor& mean) {
+at::Tensor batch_norm_gradient_sums(const GradientAt& gradient, const at::Tensor& mean, const OptionalTensor& out) {
   constexpr const char* kName = "batch_norm_gradient_sums";
   check_gradient(kName, gradient);
   TORCH_CHECK_VALUE(gradient.y.has_value(), kName, ": y is needed");
@@ -195,6 +195,8 @@ at::Tensor batch_norm_gradient_sums(const GradientAt& gradient, const at::Tensor
         NormGradientArgs<T> args = gradient_args<T>(gradient, of_z + from, y + from, c, image, part.size(), 0, c);
         args.mean = mean.const_data_ptr<T>();
         args.sums = all + g * 2 * c;
+        args.out = out.has_value() ? out->data_ptr<T>() + from : nullptr;
+        args.out_stride = c;
         k.norm_gradient(args);
       });
     });

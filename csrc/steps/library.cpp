@@ -79,7 +79,8 @@ at::Tensor batch_norm_gradient_sums_op(const at::Tensor& grad, const at::Tensor&
                                        c10::string_view activation, const OptionalTensor& gate,
                                        const OptionalTensor& pooled, const at::Tensor& mean) {
   return batch_norm_gradient_sums(
-      gradient_at("batch_norm_gradient_sums", grad, y, folded, activation, gate, pooled, std::nullopt), mean);
+      gradient_at("batch_norm_gradient_sums", grad, y, folded, activation, gate, pooled, std::nullopt), mean,
+      std::nullopt);
 }
 
 at::Tensor batch_norm_gradient_op(const at::Tensor& grad, const OptionalTensor& y, const OptionalTensor& folded,

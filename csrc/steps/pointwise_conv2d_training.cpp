@@ -1,19 +1,21 @@
 // A pointwise convolution as a block in training runs it: its input is read through the norm, activation and gate
 // before it, and its output's statistics are taken while it is in cache; and the gradients of that.
+#include <ATen/core/grad_mode.h>
+
 #include "steps/training.h"
 
 namespace mobilenet_fast {
 namespace {
 
-// Pixels a block: what is read, computed and written for them fits into half of the L2 cache, weights aside, but there
-// are `least`.
+// Pixels a block: what is read, computed and written for them fits into half of the L2 cache, weights aside.
 template <class T>
-int64_t block_pixels(int64_t values, int64_t least) {
+int64_t block_pixels(int64_t values) {
   const int64_t most = l2_cache_bytes() / 2 / static_cast<int64_t>(sizeof(T)) / values;
-  return std::clamp<int64_t>(most, least, 384);
+  return std::clamp<int64_t>(most, 48, 384);
 }
-// Each block adds to all weight gradients, which come from beyond L2 where they are many: so many pixels are worth it.
-constexpr int64_t kLeastForward = 48, kLeastBackward = 196, kManyWeights = 64 * 1024;
+// Each block adds to all weight gradients. Where they are so many that they come from beyond L2, the block would wait
+// for them, and images are small against the products: these then are the BLAS library's, of whole images.
+constexpr int64_t kManyWeights = 128 * 1024;
 
 template <class T>
 class PointwiseForward final : public Step {
@@ -25,7 +27,7 @@ class PointwiseForward final : public Step {
         columns_(out_channels),
         packed_(packed),
         read_(read),
-        blocks_(shape.n, shape.pixels(), block_pixels<T>(shape.c + out_channels, kLeastForward)),
+        blocks_(shape.n, shape.pixels(), block_pixels<T>(shape.c + out_channels)),
         groups_(std::min(blocks_.count(), kGroups)),
         counts_(groups_),
         sums_(std::move(sums)),
@@ -108,7 +110,7 @@ class PointwiseBackward final : public Step {
         need_input_(need_input),
         need_weight_(need_weight),
         adds_(adds),
-        blocks_(shape.n, shape.pixels(), block_pixels<T>(2 * shape.c + out_channels, shape.c * out_channels > kManyWeights ? kLeastBackward : kLeastForward)) {
+        blocks_(shape.n, shape.pixels(), block_pixels<T>(2 * shape.c + out_channels)) {
     // Each group has a weight gradient of its own: fewer where those are larger than what they are summed from.
     const int64_t most = need_weight ? (int64_t{1} << 21) / (shape.c * out_channels) : kGroups;
     groups_ = std::min(blocks_.count(), std::clamp<int64_t>(most, 4, kGroups));
@@ -246,6 +248,59 @@ void check_weight(const char* operation, const at::Tensor& x, const at::Tensor& 
                     shape_string(weight.sizes()));
 }
 
+// (pixels, C), without a copy.
+at::Tensor as_rows(const at::Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({-1, image.size(1)}); }
+
+// The gradients by products of whole images. They are cut in a way of their own, so that results do not depend on the
+// number of threads, as they might if the library cut them.
+ConvGradients gradients_of_images(const GradientAt& gradient, const at::Tensor& x, const ReadAs& read,
+                                  const OptionalTensor& mean, const at::Tensor& weight, bool need_input,
+                                  bool need_weight, const OptionalTensor& added) {
+  const at::NoGradGuard no_grad;
+  const int64_t c = x.size(1), k = weight.size(0), pixels = x.numel() / c;
+  const bool changes = gradient.coefficients.has_value() || gradient.activation != Activation::kNone;
+  const at::Tensor rows = as_rows(changes ? batch_norm_gradient(gradient) : gradient.grad);
+  ConvGradients result;
+  if (need_weight) {
+    const at::Tensor z = as_rows(read.folded.has_value() ? batch_norm_apply(x, read, std::nullopt) : x);
+    result.weight = at::empty(weight.sizes(), weight.options().requires_grad(false));
+    const at::Tensor out = result.weight.view({k, c}), columns = rows.t();
+    int64_t parts = 1;  // of 128 rows or more, each of which reads all of z
+    while (parts < 16 && k >= 256 * parts) parts *= 2;
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      const at::NoGradGuard no_grad_here;
+      for (int64_t i = begin; i < end; ++i) {
+        const Range range = share(k, parts, i);
+        at::Tensor part = out.narrow(0, range.begin, range.size());
+        at::mm_out(part, columns.narrow(0, range.begin, range.size()), z);
+      }
+    });
+  }
+  if (!need_input) return result;
+  result.input = empty_channels_last(x.sizes(), x);
+  const at::Tensor out = as_rows(result.input), matrix = weight.view({k, c});
+  const int64_t parts = std::max<int64_t>(1, pixels / 48);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const at::NoGradGuard no_grad_here;
+    // Rows do not meet: their number changes nothing.
+    const Range range = {share(pixels, parts, begin).begin, share(pixels, parts, end - 1).end};
+    at::Tensor part = out.narrow(0, range.begin, range.size());
+    at::mm_out(part, rows.narrow(0, range.begin, range.size()), matrix);
+  });
+  if (added.has_value()) result.input.add_(*added);
+  if (read.gate.has_value()) {
+    result.gate = batch_norm_pixel_sums(x, {read.folded, read.activation, std::nullopt}, result.input);
+  } else if (mean.has_value() || read.activation != Activation::kNone) {
+    const GradientAt at_norm{result.input, x, read.folded, read.activation, {}, {}, {}};
+    if (mean.has_value()) {
+      result.sums = batch_norm_gradient_sums(at_norm, *mean, result.input);
+    } else {
+      result.input = batch_norm_gradient(at_norm);
+    }
+  }
+  return result;
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> pointwise_conv2d_forward(const at::Tensor& x, const ReadAs& read,
@@ -280,6 +335,9 @@ ConvGradients pointwise_conv2d_gradients(const GradientAt& gradient, const at::T
   const std::vector<int64_t> out_sizes = {n, k, x.size(2), x.size(3)};
   TORCH_CHECK_VALUE(gradient.grad.sizes() == at::IntArrayRef(out_sizes), kName, ": grad must be the output's ",
                     shape_string(out_sizes), ", got ", shape_string(gradient.grad.sizes()));
+  if (c * k >= kManyWeights) {
+    return gradients_of_images(gradient, x, read, mean, weight.contiguous(), need_input, need_weight, added);
+  }
   ConvGradients result;
   if (need_input) result.input = empty_channels_last(x.sizes(), x);
   at::Tensor packed;

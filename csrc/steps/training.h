@@ -154,8 +154,8 @@ at::Tensor batch_norm_statistics(const at::Tensor& x);
 at::Tensor batch_norm_apply(const at::Tensor& x, const ReadAs& read, const OptionalTensor& residual);
 // (N, C): sums over pixels of activation(x · scale + shift), times `grad` where given.
 at::Tensor batch_norm_pixel_sums(const at::Tensor& x, const ReadAs& read, const OptionalTensor& grad);
-// The sums that NormGradientArgs describes, (2, C).
-at::Tensor batch_norm_gradient_sums(const GradientAt& gradient, const at::Tensor& mean);
+// The sums that NormGradientArgs describes, (2, C); d itself goes to `out`, where given, which may be the gradient's own.
+at::Tensor batch_norm_gradient_sums(const GradientAt& gradient, const at::Tensor& mean, const OptionalTensor& out);
 // The gradient at y.
 at::Tensor batch_norm_gradient(const GradientAt& gradient);
 std::tuple<at::Tensor, at::Tensor> pointwise_conv2d_forward(const at::Tensor& x, const ReadAs& read,
