@@ -60,25 +60,31 @@ void weight_grad_tile(const DepthwiseGradArgs<T>& d, int64_t oy, int64_t ox) {
 }
 
 template <class T, int kKernel, int kStride, int kColumns>
-int64_t weight_grad_tiles(const DepthwiseGradArgs<T>& d, int64_t oy, int64_t ox) {
-  for (; ox + kColumns <= d.out_width; ox += kColumns) {
-    const int64_t column = ox * kStride - d.pad_left;
-    if (column < 0 || column + (kColumns - 1) * kStride + kKernel > d.width) {
-      weight_grad_tile<T, kKernel, kStride, kColumns, true>(d, oy, ox);
-    } else {
-      weight_grad_tile<T, kKernel, kStride, kColumns, false>(d, oy, ox);
-    }
+void weight_grad_columns(const DepthwiseGradArgs<T>& d, int64_t oy, int64_t ox) {
+  const int64_t column = ox * kStride - d.pad_left;
+  if (column < 0 || column + (kColumns - 1) * kStride + kKernel > d.width) {
+    weight_grad_tile<T, kKernel, kStride, kColumns, true>(d, oy, ox);
+  } else {
+    weight_grad_tile<T, kKernel, kStride, kColumns, false>(d, oy, ox);
   }
-  return ox;
 }
 
+// Rows are cut evenly into tiles of at most 7 columns, which then have 4 or more; rows of up to 3 into single ones.
 template <class T, int kKernel, int kStride>
 void weight_grad_square(const DepthwiseGradArgs<T>& d) {
-  constexpr int kColumns = sizeof(T) == 8 ? 2 : 7;  // float64 is here to check float32's code
+  constexpr int kColumns = sizeof(T) == 8 ? 1 : 7;  // float64 is here to check float32's code
+  const int64_t width = d.out_width, tiles = width <= 3 ? width : (width + kColumns - 1) / kColumns;
   for (int64_t oy = d.row_begin; oy < d.row_end; ++oy) {
-    int64_t ox = weight_grad_tiles<T, kKernel, kStride, kColumns>(d, oy, 0);
-    if constexpr (kColumns > 3) ox = weight_grad_tiles<T, kKernel, kStride, 3>(d, oy, ox);
-    weight_grad_tiles<T, kKernel, kStride, 1>(d, oy, ox);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t ox = t * width / tiles, columns = (t + 1) * width / tiles - ox;
+      if constexpr (kColumns > 1) {
+        if (columns == 7) weight_grad_columns<T, kKernel, kStride, 7>(d, oy, ox);
+        if (columns == 6) weight_grad_columns<T, kKernel, kStride, 6>(d, oy, ox);
+        if (columns == 5) weight_grad_columns<T, kKernel, kStride, 5>(d, oy, ox);
+        if (columns == 4) weight_grad_columns<T, kKernel, kStride, 4>(d, oy, ox);
+      }
+      if (columns == 1) weight_grad_columns<T, kKernel, kStride, 1>(d, oy, ox);
+    }
   }
 }
 
@@ -161,7 +167,9 @@ void input_grad_tile(const DepthwiseGradArgs<T>& d, int64_t iy, int64_t o) {
 
 template <class T, int kKernel, int kStride>
 void input_grad_square(const DepthwiseGradArgs<T>& d) {
-  constexpr int kColumns = sizeof(T) == 8 ? 2 : Vec<T>::kRegisters == 32 ? 6 : 4;
+  // Of maps of 7, 14, 28, … columns as few are left over as may be; of stride 2, without padding to speak of, 8 or 15.
+  constexpr bool kManyRegisters = Vec<T>::kRegisters == 32;
+  constexpr int kColumns = sizeof(T) == 8 ? 2 : kStride == 1 ? 7 : !kManyRegisters ? 4 : kKernel == 3 ? 5 : 7;
   const int64_t end = (d.width + d.pad_left + kStride - 1) / kStride;
   for (int64_t iy = d.row_begin; iy < d.row_end; ++iy) {
     for (int64_t o = d.pad_left / kStride; o < end; o += kColumns) {

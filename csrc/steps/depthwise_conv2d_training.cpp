@@ -21,7 +21,8 @@ struct Bands {
     Bands b{x, y, window, 0, 0, 0, 0};
     const int64_t values = l2_cache_bytes() / 2 / static_cast<int64_t>(sizeof(T)), unit = 4 * kernels.lanes;
     const int64_t whole = of_input * x.pixels() + of_output * y.pixels();
-    const int64_t fitting = std::max<int64_t>(1, values / whole / unit), units = (y.c + unit - 1) / unit;
+    // Slices of a kilobyte at the least: memory likes long runs better than a band saves by having no neighbours.
+    const int64_t fitting = std::max<int64_t>(4, values / whole / unit), units = (y.c + unit - 1) / unit;
     b.slices = (units + fitting - 1) / fitting;
     b.slice = (units + b.slices - 1) / b.slices * unit;
     b.slices = (y.c + b.slice - 1) / b.slice;

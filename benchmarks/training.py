@@ -1,0 +1,148 @@
+"""``python -m benchmarks.training``: a training step of whole networks, eager and compiled PyTorch and this package.
+
+A step is forward, cross entropy, backward and SGD with momentum. All peers run in this process in turn, so that a change
+in the machine's speed meets all of them alike; peak memory is that of a process that does two steps of one peer and
+nothing else, less what it held before. Writes a CSV.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import report, third_party
+from benchmarks.gauges import ROOT
+from mobilenet_fast.cli import positive, thread_count
+
+# The stock network, in torchvision or timm, and the size of its pictures.
+NETWORKS = {
+    "mobilenet_v1": ("timm", "mobilenetv1_100", 224),
+    "mobilenet_v2": ("torchvision", "mobilenet_v2", 224),
+    "mobilenet_v3_large": ("torchvision", "mobilenet_v3_large", 224),
+    "efficientnet_b0": ("torchvision", "efficientnet_b0", 224),
+    "xception": ("timm", "legacy_xception", 299),
+}
+PEERS = ("eager", "eager channels_last", "torch.compile channels_last", "replace_layers channels_last")
+
+
+def stock(name: str) -> torch.nn.Module:
+    package, original, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    if package == "timm":
+        return third_party.timm().create_model(original)
+    return getattr(third_party.torchvision_models(), original)(weights=None)
+
+
+def step_of(peer: str, model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor):
+    """A function that does one step with a copy of the model."""
+    layout = torch.channels_last if "channels_last" in peer else torch.contiguous_format
+    model, x = copy.deepcopy(model).to(memory_format=layout).train(), x.contiguous(memory_format=layout)
+    if peer.startswith("torch.compile"):
+        model = torch.compile(model)
+    elif peer.startswith("replace_layers"):
+        import mobilenet_fast
+
+        model = mobilenet_fast.replace_layers(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def data(name: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    size = NETWORKS[name][2]
+    return torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
+
+
+def peak_mib(name: str, peer: str, batch: int, threads: int) -> float:
+    """Of two steps, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.training", "--peak", json.dumps([name, peer, batch, threads])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def measure_peak(name: str, peer: str, batch: int, threads: int) -> float:
+    torch.set_num_threads(threads)
+    step = step_of(peer, stock(name), *data(name, batch))
+    with open("/proc/self/statm") as statm:
+        before = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    step()
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+
+
+def measure(name: str, peers: list[str], batch: int, rounds: int, threads: int) -> list[dict]:
+    model, (x, labels) = stock(name), data(name, batch)
+    steps = {peer: step_of(peer, model, x, labels) for peer in peers}
+    first = {peer: step() for peer, step in steps.items()}
+    times = {peer: [] for peer in peers}
+    for _ in range(rounds):
+        for peer, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[peer].append((time.perf_counter() - start) * 1e3)
+    rows = []
+    for peer in peers:
+        quartiles = statistics.quantiles(times[peer], n=4) if rounds > 1 else [times[peer][0]] * 3
+        row = {"network": name, "peer": peer, "batch": batch, "threads": threads, "first_loss": first[peer]}
+        row |= {"median_ms": statistics.median(times[peer]), "q1_ms": quartiles[0], "q3_ms": quartiles[2]}
+        rows.append(row | {"peak_mib": peak_mib(name, peer, batch, threads)})
+    return rows
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser("benchmarks.training", description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--peer", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--batch", type=positive, help="default: 16, 8 for xception")
+    parser.add_argument("--threads", type=thread_count, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "training.csv")
+    parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.peak:
+        print(measure_peak(*options.peak))
+        return 0
+    torch.set_num_threads(options.threads)
+    facts = report.conditions()
+    rows = []
+    for name in options.case:
+        batch = options.batch or (8 if name == "xception" else 16)
+        found = measure(name, options.peer, batch, options.rounds, options.threads)
+        table = [["", "median ms", "quartiles", "× this package", "peak MiB"]]
+        ours = found[-1]["median_ms"]
+        for row in found:
+            quartiles = f"{row['q1_ms']:.0f}–{row['q3_ms']:.0f}"
+            ratio = f"{row['median_ms'] / ours:.2f}"
+            table.append([row["peer"], f"{row['median_ms']:.0f}", quartiles, ratio, f"{row['peak_mib']:.0f}"])
+        print(f"{name}, batch {batch}, {options.threads} threads", report.text_table(table), "", sep="\n", flush=True)
+        rows += found
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(options.out, "w", newline="") as file:
+        known = {"cpu": facts["cpu"], "isa": facts["isa"], "torch": facts["versions"]["torch"]}
+        known |= {"commit": facts["commit"], "date": facts["date"]}
+        writer = csv.DictWriter(file, [*rows[0], *known])
+        writer.writeheader()
+        writer.writerows(row | known for row in rows)
+    print("written:", options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
