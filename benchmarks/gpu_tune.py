@@ -394,6 +394,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=folder / "gpu_tune.csv")
     options = parser.parse_args(arguments)
+    if not (options.compile or torch.cuda.is_available()):
+        sys.exit("benchmarks.gpu_tune: needs a GPU, torch sees none; --compile needs none")
     # Other ways of fusing are timed with the tiles that are chosen.
     jobs = [
         (model, batch, options.dtype, way, way == "planned" and not options.no_sweep)

@@ -105,17 +105,7 @@ def _(input, weight1, bias1, weight2, bias2, squeeze_activation="relu", gate_act
 
 @torch.library.register_fake("mobilenet_fast::depthwise_conv2d_backward")
 def _(grad_output, input, weight, stride, padding, dilation, need_input, need_weight):
-    if not uses_triton(input):
-        return _empty_conv_grads(input, weight, need_input, need_weight)
-    from .triton_kernels.common import arrange
-
-    grads = []
-    if need_input:
-        channels_last = torch.channels_last in map(suggest_memory_format, (input, weight))
-        grads.append(torch.empty_like(arrange(input, channels_last)))
-    if need_weight:
-        grads.append(weight.new_empty(weight.shape))
-    return grads
+    return _empty_conv_grads(input, weight, need_input, need_weight)
 
 
 @torch.library.register_fake("mobilenet_fast::pointwise_conv2d_backward")
@@ -140,9 +130,7 @@ def _(grad_output, input, running_mean, running_var, weight, bias, eps, activati
         wanted = torch.contiguous_format if input.is_contiguous() else suggest_memory_format(input)
         vector = input.new_empty(input.size(1))
         return torch.empty_like(input, memory_format=wanted), vector, torch.empty_like(vector)
-    from .triton_kernels.common import arrange_pixels
-
-    grad_input = torch.empty_like(arrange_pixels(input, suggest_memory_format(input) == torch.channels_last))
+    grad_input = torch.empty_like(input, memory_format=suggest_memory_format(input))
     sums = input.new_empty((2, input.size(1)), dtype=torch.promote_types(input.dtype, torch.float32))
     return grad_input, sums[1].clone(), sums[0].clone()
 
@@ -277,7 +265,8 @@ ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
     "relu6": lambda grad, x: torch.ops.aten.hardtanh_backward(grad, x, 0, 6),
     "hardswish": torch.ops.aten.hardswish_backward,
-    "hardsigmoid": torch.ops.aten.hardsigmoid_backward,
+    # PyTorch's own takes a sixth in float32, of float64 too.
+    "hardsigmoid": lambda grad, x: torch.where((x > -3) & (x < 3), grad / 6, 0),
     "silu": torch.ops.aten.silu_backward,
     "sigmoid": lambda grad, x: torch.ops.aten.sigmoid_backward(grad, x.sigmoid()),
 }

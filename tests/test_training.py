@@ -18,9 +18,9 @@ from mobilenet_fast.nn.dispatch import ACTIVATION_LAYERS
 
 DTYPES = (torch.float32, torch.float64)
 # Largest difference allowed, in units of the last place of the largest element, or four times what PyTorch's own layers
-# err in the same dtype, if that is more. Gradients are measured by the largest of all: of a norm's bias before another
-# norm nothing is left but rounding.
-UNITS = 64
+# err in float32 (in its units of the last place), if that is more: norms of few values stretch any rounding. Gradients
+# are measured by the largest of all: of a norm's bias before another norm nothing is left but rounding.
+UNITS = 256
 
 
 @pytest.fixture
@@ -109,13 +109,14 @@ def check(module, x, monkeypatch, blocks=None):
         actual = step(module.to(x.dtype), x)
     assert len(calls) == blocks if blocks is not None else calls
     with monkeypatch.context() as patch:
-        expected, eager = step(plain(exact, patch), x.double()), step(plain(stock.to(x.dtype), patch), x)
+        expected, eager = step(plain(exact, patch), x.double()), step(plain(stock.float(), patch), x.float())
     assert actual.keys() == expected.keys()
     of_values = {name for name in expected if name == "output" or name.startswith("buffer")}
     steepest = max(value.abs().max() for name, value in expected.items() if name not in of_values)
     for name, value in expected.items():
         size = value.abs().max() if name in of_values else steepest
-        allowed = max(UNITS * torch.finfo(x.dtype).eps * size, 4 * (eager[name] - value).abs().max())
+        eager_units = (eager[name] - value).abs().max() / torch.finfo(torch.float32).eps
+        allowed = torch.finfo(x.dtype).eps * max(UNITS * size, 4 * eager_units)
         error = (actual[name].double() - value).abs().max()
         assert error <= allowed, f"{name}: {error / size:.1e} of the largest, allowed {allowed / size:.1e}"
 
@@ -248,8 +249,9 @@ def test_second_derivatives(by_batch, monkeypatch):
 
     with monkeypatch.context() as patch:
         expected = penalty(plain(exactly(module), patch))
+    largest = max(value.abs().max() for value in expected)
     for actual, value in zip(penalty(module), expected, strict=True):
-        torch.testing.assert_close(actual, value, rtol=1e-9, atol=1e-9 * value.abs().max())
+        torch.testing.assert_close(actual, value, rtol=0, atol=1e-10 * largest)
 
 
 def test_one_value_a_channel_is_refused_as_pytorch_does():

@@ -323,6 +323,9 @@ def batch_norm_act_training(
     channel_blocks = tile.channel_blocks(channels)
     parts = _parts(input, tile, images, pixels, channel_blocks)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if input.numel() == 0:  # which moves no statistics
+        mean, rstd = torch.zeros((2, channels), dtype=dtype, device=input.device)
+        return torch.empty_like(input), mean, rstd
     means, squares = torch.empty((2, parts, channels), dtype=dtype, device=input.device)
     counts = torch.empty(parts, dtype=dtype, device=input.device)
     mean, rstd = torch.empty((2, channels), dtype=dtype, device=input.device)
@@ -362,7 +365,8 @@ def batch_norm_act_backward(
     channels_last = is_channels_last(input)
     input, grad_output = arrange_pixels(input, channels_last), arrange_pixels(grad_output, channels_last)
     images, pixels, channels = _matrix(input, channels_last)
-    grad_input = torch.empty_like(input)
+    wanted = torch.channels_last if channels_last else torch.contiguous_format
+    grad_input = torch.empty_like(input, memory_format=wanted)
     tile = image_tile(channels_last, input.element_size(), pixels, channels)
     channel_blocks = tile.channel_blocks(channels)
     parts = _parts(input, tile, images, pixels, channel_blocks)

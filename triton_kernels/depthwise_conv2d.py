@@ -432,8 +432,10 @@ def depthwise_conv2d_backward(
     multiplier = weight.shape[0] // channels
     channels_last = output_format(input, weight) == torch.channels_last
     grad_output, input = arrange(grad_output, channels_last), arrange(input, channels_last)
-    grad_input = torch.empty_like(input) if need_input else None
-    tile = depthwise_backward_tile(channels_last, input.element_size(), input.shape, (kernel_h, kernel_w), stride)
+    # Dense, whatever strides the input has: of pixels that share memory, each has a gradient of its own.
+    grad_input = torch.empty_like(input, memory_format=output_format(input, weight)) if need_input else None
+    taps = multiplier * kernel_h * kernel_w
+    tile = depthwise_backward_tile(channels_last, input.element_size(), input.shape, taps, stride)
     tiles = batch * tile.strips(-(-height // stride[0])) * tile.blocks(-(-width // stride[1]))
     channel_blocks = triton.cdiv(channels, tile.channels)
     parts = min(tiles, triton.cdiv(8 * chip_of(input).multiprocessors, channel_blocks)) if need_weight else tiles

@@ -135,12 +135,13 @@ def depthwise_tile(
 
 
 def depthwise_backward_tile(
-    channels_last: bool, itemsize: int, in_shape: tuple[int, ...], kernel: tuple[int, int], stride: tuple[int, int]
+    channels_last: bool, itemsize: int, in_shape: tuple[int, ...], taps: int, stride: tuple[int, int]
 ) -> Tile:
-    """A thread holds a sum for each tap and element of its own: 50, of float64 25, leave room in 255 registers."""
+    """A thread holds a sum for each tap, of all filters of a channel, and element of its own: 50, of float64 25, leave
+    room in 255 registers."""
     _, channels, height, width = in_shape
     room = 50 if itemsize < 8 else 25
-    elements = min(16 // itemsize, 1 << max(0, (room // (kernel[0] * kernel[1])).bit_length() - 1))
+    elements = min(16 // itemsize, 1 << max(0, (room // taps).bit_length() - 1))
     rows = _even(-(-height // stride[0]), 2)
     return _tile(channels_last, itemsize, channels, -(-width // stride[1]), rows, elements)
 

@@ -40,14 +40,14 @@ inline typename Vec<T>::Reg activation_gradient(typename Vec<T>::Reg grad, typen
 }
 
 // Calls tile<kVectors, kTail>(row, rows, channel, lanes of the last vector) over rows × channels.
-#define MF_FOR_TILES(T, all_rows, channels, tile)                                                            \
-  for (int64_t row = 0; row < (all_rows); row += kTileRows) {                                                \
-    const int64_t rows = (all_rows) - row < kTileRows ? (all_rows) - row : kTileRows;                        \
-    constexpr int kLanes = Vec<T>::kLanes, kWidth = kTileVectors<T> * kLanes;                                \
-    int64_t c = 0;                                                                                           \
-    for (; c + kWidth <= (channels); c += kWidth) tile(kTileVectors<T>, false, row, rows, c, kLanes);        \
-    for (; c + kLanes <= (channels); c += kLanes) tile(1, false, row, rows, c, kLanes);                      \
-    if (c < (channels)) tile(1, true, row, rows, c, static_cast<int>((channels) - c));                       \
+#define MF_FOR_TILES(T, all_rows, channels, tile)                                                     \
+  for (int64_t row = 0; row < (all_rows); row += kTileRows) {                                         \
+    const int64_t rows = (all_rows) - row < kTileRows ? (all_rows) - row : kTileRows;                 \
+    constexpr int kLanes = Vec<T>::kLanes, kWidth = kTileVectors<T> * kLanes;                         \
+    int64_t c = 0;                                                                                    \
+    for (; c + kWidth <= (channels); c += kWidth) tile(kTileVectors<T>, false, row, rows, c, kLanes); \
+    for (; c + kLanes <= (channels); c += kLanes) tile(1, false, row, rows, c, kLanes);               \
+    if (c < (channels)) tile(1, true, row, rows, c, static_cast<int>((channels) - c));                \
   }
 
 template <class T, int kVectors, bool kTail>

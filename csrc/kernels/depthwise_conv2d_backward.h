@@ -5,8 +5,8 @@
 // which costs a fifth of the multiply-adds of seven outputs, and leaves vectors of channels innermost, as in the
 // convolution itself, so that whole pixels are read.
 //
-// The input's, where the stride is 1, is the convolution itself with the taps in reverse order. Elsewhere a tile is some
-// inputs of one row: each gradient that touches them is loaded once and serves all its taps.
+// The input's, where the stride is 1, is the convolution itself with the taps in reverse order. Elsewhere a tile is
+// some inputs of one row: each gradient that touches them is loaded once and serves all its taps.
 #pragma once
 
 namespace mobilenet_fast {
@@ -174,8 +174,8 @@ void input_grad_square(const DepthwiseGradArgs<T>& d) {
   for (int64_t iy = d.row_begin; iy < d.row_end; ++iy) {
     for (int64_t o = d.pad_left / kStride; o < end; o += kColumns) {
       const int64_t ix = o * kStride - d.pad_left;
-      const bool border = o < (kKernel - 1) / kStride || o + kColumns > d.out_width || ix < 0 ||
-                          ix + kColumns * kStride > d.width;
+      const bool border =
+          o < (kKernel - 1) / kStride || o + kColumns > d.out_width || ix < 0 || ix + kColumns * kStride > d.width;
       if (border) {
         input_grad_tile<T, kKernel, kStride, kColumns, true>(d, iy, o);
       } else {
@@ -212,24 +212,24 @@ void input_grad_any(const DepthwiseGradArgs<T>& d) {
   }
 }
 
-#define MF_FOR_SQUARE(square, any)                                                                                \
-  const bool is_square = d.kernel_h == d.kernel_w && d.stride_h == d.stride_w && d.dilation_h == 1 &&             \
-                         d.dilation_w == 1 && d.stride_w <= 2;                                                    \
-  switch (is_square ? 2 * d.kernel_w + d.stride_w : 0) {                                                          \
-    case 2 * 3 + 1:                                                                                               \
-      return square<T, 3, 1>(d);                                                                                  \
-    case 2 * 3 + 2:                                                                                               \
-      return square<T, 3, 2>(d);                                                                                  \
-    case 2 * 5 + 1:                                                                                               \
-      return square<T, 5, 1>(d);                                                                                  \
-    case 2 * 5 + 2:                                                                                               \
-      return square<T, 5, 2>(d);                                                                                  \
-    case 2 * 7 + 1:                                                                                               \
-      return square<T, 7, 1>(d);                                                                                  \
-    case 2 * 7 + 2:                                                                                               \
-      return square<T, 7, 2>(d);                                                                                  \
-    default:                                                                                                      \
-      return any(d);                                                                                              \
+#define MF_FOR_SQUARE(square, any)                                                                    \
+  const bool is_square = d.kernel_h == d.kernel_w && d.stride_h == d.stride_w && d.dilation_h == 1 && \
+                         d.dilation_w == 1 && d.stride_w <= 2;                                        \
+  switch (is_square ? 2 * d.kernel_w + d.stride_w : 0) {                                              \
+    case 2 * 3 + 1:                                                                                   \
+      return square<T, 3, 1>(d);                                                                      \
+    case 2 * 3 + 2:                                                                                   \
+      return square<T, 3, 2>(d);                                                                      \
+    case 2 * 5 + 1:                                                                                   \
+      return square<T, 5, 1>(d);                                                                      \
+    case 2 * 5 + 2:                                                                                   \
+      return square<T, 5, 2>(d);                                                                      \
+    case 2 * 7 + 1:                                                                                   \
+      return square<T, 7, 1>(d);                                                                      \
+    case 2 * 7 + 2:                                                                                   \
+      return square<T, 7, 2>(d);                                                                      \
+    default:                                                                                          \
+      return any(d);                                                                                  \
   }
 
 template <class T>

@@ -1,9 +1,10 @@
 // The matrix product of a pointwise convolution's weight gradient: see GemmTransposedArgs for the operation.
 //
 // As in the other product a tile of outputs stays in registers, 6 × 4 vectors, and each row costs it ten loads for 24
-// multiply-adds. The four vectors of b are copied out of some rows first, which L1 holds for all tiles below each other:
-// where they lie, rows of some hundred channels would meet in few sets of L1. What comes next from memory is fetched
-// meanwhile, as evenly as it goes: passes over memory and products alternate, and each would wait for the other.
+// multiply-adds. The four vectors of b are copied out of some rows first, which L1 holds for all tiles below each
+// other: where they lie, rows of some hundred channels would meet in few sets of L1. What comes next from memory is
+// fetched meanwhile, as evenly as it goes: passes over memory and products alternate, and each would wait for the
+// other.
 #pragma once
 
 namespace mobilenet_fast {

@@ -116,9 +116,9 @@ struct StatisticsArgs {
 
 // Of z = gate · activation(x · scale + shift), over `rows` pixels of one image: from `grad`, the gradient at z, that at
 // the activation's input, d = (grad · gate + pooled) · activation'(x · scale + shift). Without `gate` it is 1 and
-// `pooled` 0. Either `sums` get it added, the sum of d and, `channels` on, of d · (x - mean), or `out` is what the batch
-// norm makes of it, d · factor + (x - mean) · slope + offset (d itself without `factor`, with sums too), or both: `out`
-// then is d.
+// `pooled` 0. Either `sums` get it added, the sum of d and, `channels` on, of d · (x - mean), or `out` is what the
+// batch norm makes of it, d · factor + (x - mean) · slope + offset (d itself without `factor`, with sums too), or both:
+// `out` then is d.
 template <class T>
 struct NormGradientArgs {
   const T* grad;
@@ -165,8 +165,9 @@ struct DepthwiseGradArgs {
   T* weight_grad;
 };
 
-// out[i, j] += sum over rows of a[row, i] * b[row, j] for i < columns_a and j < columns_b. `panel` is room for `rows` of
-// `panel_vectors` vectors. While it computes, it brings what is read next into L2: `fetch_bytes` from each of `fetch` on.
+// out[i, j] += sum over rows of a[row, i] * b[row, j] for i < columns_a and j < columns_b. `panel` is room for `rows`
+// of `panel_vectors` vectors. While it computes, it brings what is read next into L2: `fetch_bytes` from each of
+// `fetch` on.
 template <class T>
 struct GemmTransposedArgs {
   const T* a;

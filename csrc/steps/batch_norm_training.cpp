@@ -28,9 +28,7 @@ class Pass final : public Step {
       for (int64_t b = range.begin; b < range.end; ++b) body_(g, b, b == range.begin);
     }
   }
-  int64_t threads_worth() const override {
-    return elementwise_threads(blocks_.images * blocks_.pixels * channels_);
-  }
+  int64_t threads_worth() const override { return elementwise_threads(blocks_.images * blocks_.pixels * channels_); }
   std::string describe() const override { return name_; }
 
  private:
@@ -58,15 +56,17 @@ void check_image(const char* operation, const char* name, const at::Tensor& imag
   check_tensor(operation, name, image, like.scalar_type(), 4);
   TORCH_CHECK_VALUE(image.sizes() == like.sizes(), operation, ": ", name, " must be ", shape_string(like.sizes()),
                     ", got ", shape_string(image.sizes()));
-  TORCH_CHECK_VALUE(is_dense_channels_last(image), operation, ": ", name, " must be channels_last and dense, got strides ",
-                    shape_string(image.strides()));
+  TORCH_CHECK_VALUE(is_dense_channels_last(image), operation, ": ", name,
+                    " must be channels_last and dense, got strides ", shape_string(image.strides()));
 }
 
-void check_rows(const char* operation, const char* name, const OptionalTensor& rows, const at::Tensor& x, int64_t count) {
+void check_rows(const char* operation, const char* name, const OptionalTensor& rows, const at::Tensor& x,
+                int64_t count) {
   if (!rows.has_value()) return;
   check_tensor(operation, name, *rows, x.scalar_type(), 2);
-  TORCH_CHECK_VALUE(rows->size(0) == count && rows->size(1) == x.size(1) && rows->is_contiguous(), operation, ": ", name,
-                    " must be contiguous ", shape_string({count, x.size(1)}), ", got ", shape_string(rows->sizes()));
+  TORCH_CHECK_VALUE(rows->size(0) == count && rows->size(1) == x.size(1) && rows->is_contiguous(), operation, ": ",
+                    name, " must be contiguous ", shape_string({count, x.size(1)}), ", got ",
+                    shape_string(rows->sizes()));
 }
 
 }  // namespace

@@ -99,16 +99,15 @@ DepthwiseGeometry depthwise_geometry(const char* operation, const at::Tensor& in
   const int64_t c = input.size(1), h = input.size(2), w = input.size(3);
   check_tensor(operation, "weight", weight, input.scalar_type(), 4);
   const int64_t k = weight.size(0);
-  TORCH_CHECK_VALUE(weight.size(1) == 1 && k > 0 && k % c == 0, operation,
-                    ": weight must be (C, 1, kH, kW) with C=", c, " (or a multiple), got ",
-                    shape_string(weight.sizes()));
+  TORCH_CHECK_VALUE(weight.size(1) == 1 && k > 0 && k % c == 0, operation, ": weight must be (C, 1, kH, kW) with C=", c,
+                    " (or a multiple), got ", shape_string(weight.sizes()));
   TORCH_CHECK_VALUE(weight.size(2) > 0 && weight.size(3) > 0, operation,
                     ": weight must have kH and kW of at least 1, got ", shape_string(weight.sizes()));
   // Sizes computed from such numbers stay far from where 64 bits end.
   constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
   const auto pair = [&](const char* name, at::IntArrayRef values, int64_t least) {
-    TORCH_CHECK_VALUE(values.size() == 1 || values.size() == 2, operation, ": ", name, " must be one number or two, got ",
-                      values.size());
+    TORCH_CHECK_VALUE(values.size() == 1 || values.size() == 2, operation, ": ", name,
+                      " must be one number or two, got ", values.size());
     const std::pair<int64_t, int64_t> both{values[0], values.back()};
     TORCH_CHECK_VALUE(std::min(both.first, both.second) >= least && std::max(both.first, both.second) <= kLargest,
                       operation, ": ", name, " must be at least ", least, " and at most ", kLargest, ", got ",

@@ -1,8 +1,8 @@
 // A depthwise convolution as a block in training runs it: its input is read through the norm and activation before it,
 // and its output's statistics are taken while it is in cache; and the gradients of that.
 //
-// Channels do not meet, so a piece of work is some channels of some rows of an image, as many as stay in cache: of small
-// maps whole images.
+// Channels do not meet, so a piece of work is some channels of some rows of an image, as many as stay in cache: of
+// small maps whole images.
 #include "steps/training.h"
 
 namespace mobilenet_fast {
@@ -390,8 +390,9 @@ ConvGradients depthwise_conv2d_gradients(const GradientAt& gradient, const at::T
     if (need_weight) weight_sums = at::empty({step.groups(), step.weight_elements()}, x.options());
     if (need_input && mean.has_value()) norm_sums = at::empty({step.groups(), 2, c}, x.options());
     step.set_sums(weight_sums, norm_sums);
-    run_step(step, {buffer_of(gradient.grad), gradient.y.has_value() ? buffer_of(*gradient.y) : Buffer{}, buffer_of(x),
-                    need_input ? buffer_of(result.input) : Buffer{}, need_weight ? buffer_of(result.weight) : Buffer{}});
+    run_step(step,
+             {buffer_of(gradient.grad), gradient.y.has_value() ? buffer_of(*gradient.y) : Buffer{}, buffer_of(x),
+              need_input ? buffer_of(result.input) : Buffer{}, need_weight ? buffer_of(result.weight) : Buffer{}});
     if (norm_sums.defined()) result.sums = norm_sums.select(0, 0).clone();
   });
   return result;

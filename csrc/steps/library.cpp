@@ -84,8 +84,8 @@ at::Tensor batch_norm_gradient_sums_op(const at::Tensor& grad, const at::Tensor&
 }
 
 at::Tensor batch_norm_gradient_op(const at::Tensor& grad, const OptionalTensor& y, const OptionalTensor& folded,
-                                  c10::string_view activation, const OptionalTensor& gate,
-                                  const OptionalTensor& pooled, const OptionalTensor& coefficients) {
+                                  c10::string_view activation, const OptionalTensor& gate, const OptionalTensor& pooled,
+                                  const OptionalTensor& coefficients) {
   return batch_norm_gradient(
       gradient_at("batch_norm_gradient", grad, y, folded, activation, gate, pooled, coefficients));
 }
@@ -112,10 +112,9 @@ Results depthwise_conv2d_gradients_op(const at::Tensor& grad, const OptionalTens
                                       bool need_weight) {
   constexpr const char* kName = "depthwise_conv2d_gradients";
   return results(
-      depthwise_conv2d_gradients(
-          gradient_at(kName, grad, y, y_folded, y_activation, y_gate, y_pooled, coefficients), x,
-          read_as(kName, folded, activation, std::nullopt), mean, weight, stride, padding, dilation, need_input,
-          need_weight),
+      depthwise_conv2d_gradients(gradient_at(kName, grad, y, y_folded, y_activation, y_gate, y_pooled, coefficients), x,
+                                 read_as(kName, folded, activation, std::nullopt), mean, weight, stride, padding,
+                                 dilation, need_input, need_weight),
       x);
 }
 
@@ -125,21 +124,24 @@ TORCH_LIBRARY(mobilenet_fast, m) {
   const auto def = [&](const char* schema) { m.def(schema, {at::Tag::pt2_compliant_tag}); };
   def("pointwise_conv2d_forward(Tensor x, Tensor? folded, str activation, Tensor? gate, Tensor weight) -> (Tensor, "
       "Tensor)");
-  def("depthwise_conv2d_forward(Tensor x, Tensor? folded, str activation, Tensor weight, int[2] stride, int[2] padding, "
+  def("depthwise_conv2d_forward(Tensor x, Tensor? folded, str activation, Tensor weight, int[2] stride, int[2] "
+      "padding, "
       "int[2] dilation) -> (Tensor, Tensor)");
   def("batch_norm_statistics(Tensor x) -> Tensor");
   def("batch_norm_apply(Tensor x, Tensor folded, str activation, Tensor? gate, Tensor? residual) -> Tensor");
   def("batch_norm_pixel_sums(Tensor x, Tensor folded, str activation, Tensor? grad) -> Tensor");
   def("batch_norm_gradient_sums(Tensor grad, Tensor y, Tensor? folded, str activation, Tensor? gate, Tensor? pooled, "
       "Tensor mean) -> Tensor");
-  def("batch_norm_gradient(Tensor grad, Tensor? y, Tensor? folded, str activation, Tensor? gate, Tensor? pooled, Tensor? "
+  def("batch_norm_gradient(Tensor grad, Tensor? y, Tensor? folded, str activation, Tensor? gate, Tensor? pooled, "
+      "Tensor? "
       "coefficients) -> Tensor");
   def("pointwise_conv2d_gradients(Tensor grad, Tensor? y, Tensor? y_folded, str y_activation, Tensor? y_gate, Tensor? "
       "y_pooled, Tensor? coefficients, Tensor x, Tensor? folded, str activation, Tensor? gate, Tensor? mean, Tensor "
       "weight, Tensor? added, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)");
   def("depthwise_conv2d_gradients(Tensor grad, Tensor? y, Tensor? y_folded, str y_activation, Tensor? y_gate, Tensor? "
       "y_pooled, Tensor? coefficients, Tensor x, Tensor? folded, str activation, Tensor? mean, Tensor weight, int[2] "
-      "stride, int[2] padding, int[2] dilation, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+      "stride, int[2] padding, int[2] dilation, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] "
       "dilation=1, str activation=\"none\", Tensor? scale=None) -> Tensor",

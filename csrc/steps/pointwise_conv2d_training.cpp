@@ -157,9 +157,9 @@ class PointwiseBackward final : public Step {
     const T* d = grad + rows.begin * columns_;
     if (gradient_.coefficients.has_value() || gradient_.activation != Activation::kNone) {
       blocks_.for_each_image(b, [&](int64_t image, Range part, int64_t) {
-        NormGradientArgs<T> args =
-            gradient_args<T>(gradient_, grad + part.begin * columns_, y == nullptr ? nullptr : y + part.begin * columns_,
-                             columns_, image, part.size(), 0, columns_);
+        NormGradientArgs<T> args = gradient_args<T>(gradient_, grad + part.begin * columns_,
+                                                    y == nullptr ? nullptr : y + part.begin * columns_, columns_, image,
+                                                    part.size(), 0, columns_);
         args.out = of_y + (part.begin - rows.begin) * columns_;
         args.out_stride = columns_;
         kernels_.norm_gradient(args);

@@ -1,13 +1,14 @@
 // What the steps of training share: how a convolution reads an input that a batch norm, an activation and a gate are
-// still to be applied to, how it reads the gradient at its output, and how work is cut so that sums do not depend on the
-// number of threads.
+// still to be applied to, how it reads the gradient at its output, and how work is cut so that sums do not depend on
+// the number of threads.
 #pragma once
 
 #include "steps/common.h"
 
 namespace mobilenet_fast {
 
-// z = activation(x · scale + shift) · gate, with scale and shift the rows of `folded`. Nothing where it has no `folded`.
+// z = activation(x · scale + shift) · gate, with scale and shift the rows of `folded`. Nothing where it has no
+// `folded`.
 struct ReadAs {
   OptionalTensor folded;  // (2, C)
   Activation activation = Activation::kNone;
@@ -31,8 +32,8 @@ void check_gradient(const char* operation, const GradientAt& gradient);
 bool is_dense_channels_last(const at::Tensor& image);
 
 // An image, not initialised. Large ones lie in memory that is kept when they are dropped, since training makes the same
-// ones anew at every step, and pages that the system has to clear first cost as much as a pass over them. What is in use
-// and what is kept never exceed what was in use at most by more than an eighth.
+// ones anew at every step, and pages that the system has to clear first cost as much as a pass over them. What is in
+// use and what is kept never exceed what was in use at most by more than an eighth.
 at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::Tensor& like);
 // Gives the memory that is kept back to the system.
 void release_images();
@@ -154,7 +155,8 @@ at::Tensor batch_norm_statistics(const at::Tensor& x);
 at::Tensor batch_norm_apply(const at::Tensor& x, const ReadAs& read, const OptionalTensor& residual);
 // (N, C): sums over pixels of activation(x · scale + shift), times `grad` where given.
 at::Tensor batch_norm_pixel_sums(const at::Tensor& x, const ReadAs& read, const OptionalTensor& grad);
-// The sums that NormGradientArgs describes, (2, C); d itself goes to `out`, where given, which may be the gradient's own.
+// The sums that NormGradientArgs describes, (2, C); d itself goes to `out`, where given, which may be the gradient's
+// own.
 at::Tensor batch_norm_gradient_sums(const GradientAt& gradient, const at::Tensor& mean, const OptionalTensor& out);
 // The gradient at y.
 at::Tensor batch_norm_gradient(const GradientAt& gradient);
@@ -164,8 +166,8 @@ std::tuple<at::Tensor, at::Tensor> depthwise_conv2d_forward(const at::Tensor& x,
                                                             const at::Tensor& weight, at::IntArrayRef stride,
                                                             at::IntArrayRef padding, at::IntArrayRef dilation);
 // `input` is the gradient at what the activation before the convolution was applied to, `sums` (with `mean`, that of x)
-// then are its batch norm's, as NormGradientArgs describes; with a gate, `input` is the gradient at z · gate, and `gate`
-// that at the gate. `added` is added to `input` where the convolution reads x itself.
+// then are its batch norm's, as NormGradientArgs describes; with a gate, `input` is the gradient at z · gate, and
+// `gate` that at the gate. `added` is added to `input` where the convolution reads x itself.
 struct ConvGradients {
   at::Tensor input, weight, sums, gate;
 };
