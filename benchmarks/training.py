@@ -1,8 +1,8 @@
 """``python -m benchmarks.training``: a training step of whole networks, eager and compiled PyTorch and this package.
 
-A step is forward, cross entropy, backward and SGD with momentum. All peers run in this process in turn, so that a change
-in the machine's speed meets all of them alike; peak memory is that of a process that does two steps of one peer and
-nothing else, less what it held before. Writes a CSV.
+A step is forward, cross entropy, backward and SGD with momentum. All peers run in this process in turn, so that a
+change in the machine's speed meets all of them alike; peak memory is that of a process that does two steps of one peer
+and nothing else, less what it held before. Writes a CSV.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import copy
 import csv
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -80,11 +79,16 @@ def peak_mib(name: str, peer: str, batch: int, threads: int) -> float:
 def measure_peak(name: str, peer: str, batch: int, threads: int) -> float:
     torch.set_num_threads(threads)
     step = step_of(peer, stock(name), *data(name, batch))
-    with open("/proc/self/statm") as statm:
-        before = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = status_kib("VmRSS")
     step()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return (status_kib("VmHWM") - before) / 2**10
+
+
+def status_kib(name: str) -> int:
+    """Of this process; resource.getrusage would count the parent's memory too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def measure(name: str, peers: list[str], batch: int, rounds: int, threads: int) -> list[dict]:

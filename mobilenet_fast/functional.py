@@ -11,8 +11,8 @@ by at most 4 · n · eps times the sum of its terms' magnitudes. silu and sigmoi
 6e-16 (float64) of their value. On GPUs, float32 products of 1x1 convolutions are rounded to TF32 where
 ``torch.backends.cudnn.conv.fp32_precision`` lets PyTorch's own be.
 
-**Gradients.** They are deterministic. `depthwise_conv2d` and `batch_norm_act` have Triton kernels for theirs; those of
-the others, on the CPU all, and second derivatives come from the reference, which is computed again.
+**Gradients.** They are deterministic. `depthwise_conv2d` and `batch_norm_act` have kernels for theirs, on the CPU
+`pointwise_conv2d` too; those of the others, and second derivatives, come from the reference, which is computed again.
 
 **Autocast.** On the CPU the reference runs under it. On GPUs, the convolutions cast input, weight and gate to its
 dtype, and a residual of another is added as PyTorch adds it; `batch_norm_act` keeps the input's dtype and

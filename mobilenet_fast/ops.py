@@ -1,10 +1,11 @@
 """What PyTorch must know of the operators that `_C` defines: their kernels for CUDA, shapes and strides for tracing,
 gradients, and autocast.
 
-On the CPU, gradients are those of the reference, which the backward pass computes again. On CUDA, depthwise_conv2d and
-batch_norm_act have Triton kernels for theirs, which are operators too, so that compiled backward passes see them; they
-compute again what the activation was applied to. Second derivatives go through the reference everywhere: a backward
-pass that is to be differentiated (``create_graph=True``) uses it. All of them add in the same order each time.
+depthwise_conv2d and batch_norm_act have kernels for their gradients, on the CPU pointwise_conv2d too. These are
+operators as well, so that compiled backward passes see them; they compute again what the activation was applied to. The
+gradients of the others are those of the reference, which the backward pass computes again. Second derivatives go
+through the reference everywhere: a backward pass that is to be differentiated (``create_graph=True``) uses it. All of
+them add in the same order each time.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def _(grad_output, input, running_mean, running_var, weight, bias, eps, activati
     return grad_input, sums[1].clone(), sums[0].clone()
 
 
-# The steps of training: a block of convolutions and batch norms runs as these (nn/training.py). Images are channels_last.
+# The steps of training: a block of convolutions and batch norms runs as these (nn/training.py), on images that are
+# channels_last.
 def _image(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     return x.new_empty((x.size(0), channels, height, width)).contiguous(memory_format=torch.channels_last)
 

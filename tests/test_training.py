@@ -131,7 +131,7 @@ CASES = pairwise(
     padding=(None, 0, 3),
     activation=ACTIVATIONS,
     squeeze=(False, True),
-    channels=(1, 8, 17),
+    channels=(3, 8, 17),
     hidden=(2, 16, 37, 130),
     size=((9, 10), (7, 7), (17, 33), (16, 15)),
 )

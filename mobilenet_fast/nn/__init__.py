@@ -1,4 +1,5 @@
-"""Layers to build with, or for `replace_layers` to put into an existing model. They train by PyTorch's autograd."""
+"""Layers to build with, or for `replace_layers` to put into an existing model. They train by PyTorch's autograd: on the
+CPU, blocks of convolutions, batch norms and activations are one function of it."""
 
 from .batch_norm_act import BatchNormAct2d
 from .blocks import ConvNormAct, InvertedResidual, SeparableConv2d, StochasticDepth

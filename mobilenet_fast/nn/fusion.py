@@ -31,10 +31,11 @@ class Links(NamedTuple):
 class Chained(nn.Module):
     """A module that runs others one after another, as few kernel calls where that makes no other difference.
 
-    That is in eager mode where batch norm uses its running statistics and no gradient is needed, for tensors that
-    `mobilenet_fast.functional` has kernels for, and with modules that have no hooks; everything else, autocast among
-    it, runs module by module. Chains in chains become one, which works on channels_last tensors whatever it takes and
-    gives.
+    That is in eager mode, for tensors that `mobilenet_fast.functional` has kernels for, and with modules that have no
+    hooks. Where no gradient is needed and batch norm uses its running statistics, a convolution with what follows is
+    one call. Where gradients are needed, on the CPU, a block up to the 1x1 convolution behind a depthwise one is one
+    function of autograd, which keeps what its convolutions gave and no more. Everything else, autocast among it, runs
+    module by module. Chains in chains become one, which works on channels_last tensors whatever it takes and gives.
     """
 
     def links(self) -> Links | None:
@@ -67,10 +68,8 @@ class FusedSequential(Chained, nn.Sequential):
     """An `nn.Sequential` that runs neighbouring convolution (depthwise or 1x1), batch norm and activation as one
     kernel call, and whatever it finds of these in the `FusedSequential`s and blocks inside it.
 
-    It does so in eager mode where batch norm uses its running statistics and no gradient is needed, for tensors that
-    `mobilenet_fast.functional` has kernels for, and with modules that have no hooks; everything else, autocast among
-    it, runs child after child. In half precision on GPUs, batch norms may keep their parameters and statistics in
-    float32.
+    It does so as `Chained` says, and runs everything else, autocast among it, child after child. In half precision on
+    GPUs, batch norms may keep their parameters and statistics in float32.
 
     Args:
         *args: as `nn.Sequential` takes them.

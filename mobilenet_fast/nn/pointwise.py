@@ -12,8 +12,8 @@ from .dispatch import is_known, kernels_serve, known
 class PointwiseConv2d(nn.Conv2d):
     """``activation(nn.Conv2d(in_channels, out_channels, 1)(input))``
 
-    An `nn.Conv2d` in attributes and state_dict. Tensors that `mobilenet_fast.functional` has kernels for run in one, and
-    on the CPU so do their gradients; everything else runs as `nn.Conv2d` does.
+    An `nn.Conv2d` in attributes and state_dict. Tensors that `mobilenet_fast.functional` has kernels for run in one,
+    and on the CPU so do their gradients; everything else runs as `nn.Conv2d` does.
 
     Args:
         in_channels, out_channels, bias, device, dtype: as `nn.Conv2d` takes them.

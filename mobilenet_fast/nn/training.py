@@ -2,9 +2,9 @@
 
 Layer by layer, PyTorch keeps the input of every convolution, batch norm and activation: of each expanded tensor three
 or four copies. Here only what the convolutions give is kept. A convolution applies the norm, activation and gate before
-it as it reads its input, in the forward pass and again for its weight's gradient, and takes the statistics of its output
-while that is in cache; in the backward pass it applies what its own norm makes of a gradient as it reads that, and
-gathers the sums that the norm before it needs.
+it as it reads its input, in the forward pass and again for its weight's gradient, and takes the statistics of its
+output while that is in cache; in the backward pass it applies what its own norm makes of a gradient as it reads that,
+and gathers the sums that the norm before it needs. docs/training.md says more.
 """
 
 from __future__ import annotations

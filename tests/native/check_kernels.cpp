@@ -88,6 +88,152 @@ void check_gemm(const Kernels<T>& k, int64_t rows, int64_t chunks, int64_t chunk
   expect<T>("gemm past the end", y[rows * columns], 77, 0);
 }
 
+double slope(Activation activation, double x) {
+  const double sigmoid = 1 / (1 + std::exp(-x));
+  switch (activation) {
+    case Activation::kRelu:
+      return x > 0;
+    case Activation::kRelu6:
+      return x > 0 && x < 6;
+    case Activation::kHardswish:
+      return x <= -3 ? 0 : x < 3 ? x / 3 + 0.5 : 1;
+    case Activation::kHardsigmoid:
+      return x > -3 && x < 3 ? 1.0 / 6 : 0;
+    case Activation::kSilu:
+      return sigmoid * (1 + x * (1 - sigmoid));
+    case Activation::kSigmoid:
+      return sigmoid * (1 - sigmoid);
+    default:
+      return 1;
+  }
+}
+
+// Both gradients of a depthwise convolution, added to what is there for the weight.
+template <class T>
+void check_depthwise_gradients(const Kernels<T>& k, int64_t size, int64_t channels, int64_t kernel, int64_t stride,
+                               int64_t dilation) {
+  const int64_t pad = kernel / 2, reach = (kernel - 1) * dilation + 1, taps = kernel * kernel;
+  if (size + 2 * pad < reach) return;
+  const int64_t out = (size + 2 * pad - reach) / stride + 1, vectors = (channels + k.lanes - 1) / k.lanes;
+  auto x = random<T>(size * size * channels);
+  const auto grad = random<T>(out * out * channels), w = random<T>(taps * channels);
+  std::vector<T> packed(vectors * k.lanes * (1 + taps), T(0)), weight_grad(vectors * k.lanes * taps, T(1));
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      packed[(c / k.lanes * (1 + taps) + 1 + tap) * k.lanes + c % k.lanes] = w[tap * channels + c];
+    }
+  }
+  DepthwiseGradArgs<T> args{};
+  args.x = x.data();
+  args.x_row_stride = size * channels;
+  args.x_pixel_stride = args.grad_pixel_stride = args.channels = channels;
+  args.height = args.width = size;
+  args.grad = grad.data();
+  args.grad_row_stride = out * channels;
+  args.out_height = args.out_width = args.row_end = out;
+  args.kernel_h = args.kernel_w = kernel;
+  args.stride_h = args.stride_w = stride;
+  args.pad_top = args.pad_left = pad;
+  args.dilation_h = args.dilation_w = dilation;
+  args.weight = packed.data();
+  args.weight_grad = weight_grad.data();
+  k.depthwise_conv2d_weight_grad(args);
+  std::vector<double> of_weight(taps * channels, 1.0), of_x(size * size * channels, 0.0);
+  for (int64_t o = 0; o < out * out; ++o) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t iy = o / out * stride - pad + tap / kernel * dilation;
+      const int64_t ix = o % out * stride - pad + tap % kernel * dilation;
+      if (iy < 0 || iy >= size || ix < 0 || ix >= size) continue;
+      for (int64_t c = 0; c < channels; ++c) {
+        const double g = grad[o * channels + c];
+        of_weight[tap * channels + c] += g * x[(iy * size + ix) * channels + c];
+        of_x[(iy * size + ix) * channels + c] += g * w[tap * channels + c];
+      }
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      expect<T>("depthwise weight gradient", weight_grad[(c / k.lanes * taps + tap) * k.lanes + c % k.lanes],
+                of_weight[tap * channels + c], out * out);
+    }
+  }
+  args.row_end = size;
+  k.depthwise_conv2d_input_grad(args);
+  for (size_t i = 0; i < x.size(); ++i) expect<T>("depthwise input gradient", x[i], of_x[i], taps);
+}
+
+template <class T>
+void check_gemm_transposed(const Kernels<T>& k, int64_t rows, int64_t columns_a, int64_t columns_b) {
+  const auto a = random<T>(rows * columns_a), b = random<T>(rows * columns_b);
+  std::vector<T> out(columns_a * columns_b + 1, T(1)), panel(rows * k.panel_vectors * k.lanes);
+  GemmTransposedArgs<T> args{};
+  args.a = a.data();
+  args.a_stride = args.columns_a = columns_a;
+  args.b = b.data();
+  args.b_stride = args.columns_b = args.out_stride = columns_b;
+  args.rows = rows;
+  args.out = out.data();
+  args.panel = panel.data();
+  args.fetch[1] = a.data();
+  args.fetch_bytes[1] = 4 * rows;
+  k.gemm_transposed(args);
+  for (int64_t i = 0; i < columns_a; ++i) {
+    for (int64_t j = 0; j < columns_b; ++j) {
+      double sum = 1;
+      for (int64_t row = 0; row < rows; ++row) sum += 1.0 * a[row * columns_a + i] * b[row * columns_b + j];
+      expect<T>("transposed gemm", out[i * columns_b + j], sum, rows);
+    }
+  }
+  expect<T>("transposed gemm past the end", out.back(), 1, 0);
+}
+
+// Statistics, and the gradients of batch norm, activation and gate.
+template <class T>
+void check_norm_gradients(const Kernels<T>& k, int64_t rows, int64_t channels, Activation activation) {
+  const auto x = random<T>(rows * channels), grad = random<T>(rows * channels), scale = random<T>(channels);
+  const auto shift = random<T>(channels), gate = random<T>(channels), pooled = random<T>(channels);
+  const auto mean = random<T>(channels), factor = random<T>(channels), lean = random<T>(channels);
+  const auto offset = random<T>(channels);
+  std::vector<T> sums(2 * channels, T(0)), gate_sums(channels, T(0)), sums_of_d(2 * channels, T(0));
+  std::vector<T> out(rows * channels + 1, T(77)), d_out(rows * channels + 1, T(77));
+  k.statistics({x.data(), channels, rows, channels, mean.data(), sums.data()});
+  k.gate_gradient({grad.data(), channels, x.data(), channels, rows, channels, scale.data(), shift.data(),
+                   gate_sums.data(), activation});
+  NormGradientArgs<T> args{grad.data(), channels,      x.data(),     channels,      out.data(),  channels,
+                           rows,        channels,      scale.data(), shift.data(),  gate.data(), pooled.data(),
+                           mean.data(), factor.data(), lean.data(),  offset.data(), nullptr,     activation};
+  k.norm_gradient(args);
+  args.out = d_out.data();
+  args.gate = args.pooled = args.factor = nullptr;
+  args.sums = sums_of_d.data();
+  k.norm_gradient(args);
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0, squares = 0, gates = 0, ds = 0, products = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t i = row * channels + c;
+      const double u = 1.0 * x[i] * scale[c] + shift[c], away = 1.0 * x[i] - mean[c];
+      sum += away;
+      squares += away * away;
+      gates += grad[i] * activate(activation, u);
+      const double d = grad[i] * slope(activation, u);
+      ds += d;
+      products += d * away;
+      // Where the slope jumps, either side is right.
+      const auto near = [&](double edge) { return std::abs(u - edge) < 1e-5; };
+      if (near(-3) || near(0) || near(3) || near(6)) continue;
+      expect<T>("activation gradient", d_out[i], d, 2);
+      const double gated = (1.0 * grad[i] * gate[c] + pooled[c]) * slope(activation, u);
+      expect<T>("norm gradient", out[i], gated * factor[c] + away * lean[c] + offset[c], 8);
+    }
+    expect<T>("sum for statistics", sums[c], sum, 2 * rows);
+    expect<T>("squares for statistics", sums[channels + c], squares, 6 * rows);
+    expect<T>("gate gradient", gate_sums[c], gates, 6 * rows);
+    expect<T>("sum of gradients", sums_of_d[c], ds, 4 * rows);
+    expect<T>("products of gradients", sums_of_d[channels + c], products, 12 * rows);
+  }
+  expect<T>("norm gradient past the end", out.back(), 77, 0);
+}
+
 template <class T>
 void check_depthwise(const Kernels<T>& k, int64_t size, int64_t channels, int64_t kernel, int64_t stride,
                      int64_t dilation, Activation activation) {
@@ -305,12 +451,18 @@ void check_all(Isa isa) {
     for (int64_t size : {1, 2, 5, 7, 9, 17}) {
       for (int64_t kernel : {1, 2, 3, 5, 7}) {
         for (int64_t stride : {1, 2, 3}) {
-          if (channels > 0) check_depthwise(k, size, channels, kernel, stride, 1 + (size + kernel) % 2, next());
+          if (channels <= 0) continue;
+          check_depthwise(k, size, channels, kernel, stride, 1 + (size + kernel) % 2, next());
+          check_depthwise_gradients(k, size, channels, kernel, stride, 1 + (size + kernel + stride) % 2);
         }
       }
     }
     for (int64_t rows : {1, 3, 4, 9}) {
-      if (channels > 0) check_elementwise(k, rows, channels, next());
+      if (channels <= 0) continue;
+      check_elementwise(k, rows, channels, next());
+      check_norm_gradients(k, 7 * rows, channels, next());
+      check_gemm_transposed(k, 30 * rows, 5 * rows, channels);
+      check_gemm_transposed(k, rows, 3, 4 * channels + 1);
     }
     for (int64_t size : {1, 3, 4, 6, 9}) {
       if (channels > 0) check_winograd(k, size, 1 + size % 4, channels, next());
