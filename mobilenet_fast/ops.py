@@ -267,8 +267,7 @@ ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
     "relu6": lambda grad, x: torch.ops.aten.hardtanh_backward(grad, x, 0, 6),
     "hardswish": torch.ops.aten.hardswish_backward,
-    # PyTorch's own takes a sixth in float32, of float64 too.
-    "hardsigmoid": lambda grad, x: torch.where((x > -3) & (x < 3), grad / 6, 0),
+    "hardsigmoid": torch.ops.aten.hardsigmoid_backward,
     "silu": torch.ops.aten.silu_backward,
     "sigmoid": lambda grad, x: torch.ops.aten.sigmoid_backward(grad, x.sigmoid()),
 }

@@ -507,7 +507,7 @@ def test_all_steps_of_a_session_are_of_cases_and_peers():
         ("assert 1", 100, "0", "1 passed"),
         ("assert 0", 100, "1", "1 failed"),
         ("time.sleep(60)", 5, "ended after 5 s", ""),
-        ("assert 0\n\n\ndef test_more():\n    time.sleep(60)", 5, "ended after 5 s", "1 failed"),
+        ("assert 0\n\n\ndef test_more():\n    time.sleep(60)", 20, "ended after 20 s", "1 failed"),
     ],
 )
 def test_tests_of_a_session(body, seconds, status, summary, tmp_path):

@@ -27,7 +27,7 @@ inline typename Vec<T>::Reg activation_gradient(typename Vec<T>::Reg grad, typen
     const auto inner = V::mul(grad, V::fma(x, V::set1(static_cast<T>(1.0 / 3)), V::set1(static_cast<T>(0.5))));
     return V::select_le(x, V::set1(-3), zero, V::select_le(V::set1(3), x, grad, inner));
   } else if constexpr (kActivation == Activation::kHardsigmoid) {
-    const auto inner = V::mul(grad, V::set1(static_cast<T>(1.0 / 6)));
+    const auto inner = V::mul(grad, V::set1(1.0f / 6));  // PyTorch's is a float32's sixth in every dtype
     return V::select_le(x, V::set1(-3), zero, V::select_le(V::set1(3), x, zero, inner));
   } else if constexpr (kActivation == Activation::kSilu || kActivation == Activation::kSigmoid) {
     const auto one = V::set1(1), sigmoid = V::div(one, sigmoid_denominator<T>(x));
