@@ -110,7 +110,7 @@ void merge_sums(const T* sums, int64_t groups, int64_t elements, Range range, T*
   }
 }
 
-// The rows' range of z into `out`, dense; `first` is the pixel among all images that x begins with.
+// z of some pixels of one image, from channel `channel` on, into `out`, dense; x begins there.
 template <class T>
 void read_pixels(const Kernels<T>& kernels, const ReadAs& read, const T* x, int64_t x_stride, int64_t image,
                  int64_t rows, int64_t channel, int64_t channels, T* out) {
