@@ -34,16 +34,9 @@ def depthwise_conv2d_backward(
         arguments = channels_last(x), None, "none", None, weight, *geometry, need_input, need_weight
         found = torch.ops.mobilenet_fast.depthwise_conv2d_gradients(channels_last(grad_output), *unread, *arguments)
         of_input, of_weight = found[:2]
-    grads = []
-    if need_input:
-        if multiplier > 1:
-            of_input = of_input.unflatten(1, (-1, multiplier)).sum(2)
-        formats = map(suggest_memory_format, (input, weight))
-        wanted = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
-        grads.append(of_input.contiguous(memory_format=wanted))
-    if need_weight:
-        grads.append(of_weight.contiguous())
-    return grads
+    if need_input and multiplier > 1:
+        of_input = of_input.unflatten(1, (-1, multiplier)).sum(2)
+    return _wanted(of_input, of_weight, input, weight, need_input, need_weight)
 
 
 def pointwise_conv2d_backward(
@@ -57,13 +50,18 @@ def pointwise_conv2d_backward(
         arguments = channels_last(input), None, "none", None, None, weight, None, need_input, need_weight
         found = torch.ops.mobilenet_fast.pointwise_conv2d_gradients(channels_last(grad_output), *unread, *arguments)
         of_input, of_weight = found[:2]
+    return _wanted(of_input, of_weight, input, weight, need_input, need_weight)
+
+
+def _wanted(of_input, of_weight, input, weight, need_input: bool, need_weight: bool) -> list[Tensor]:
+    """The gradients that are needed, in the layouts that PyTorch gives them."""
     grads = []
     if need_input:
         formats = map(suggest_memory_format, (input, weight))
         wanted = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
         grads.append(of_input.contiguous(memory_format=wanted))
     if need_weight:
-        grads.append(of_weight)
+        grads.append(of_weight.contiguous())
     return grads
 
 
