@@ -1,9 +1,9 @@
 """What PyTorch must know of the operators that `_C` defines: their kernels for CUDA, shapes and strides for tracing,
 gradients, and autocast.
 
-depthwise_conv2d and batch_norm_act have kernels for their gradients, on the CPU pointwise_conv2d too. These are
-operators as well, so that compiled backward passes see them; they compute again what the activation was applied to. The
-gradients of the others are those of the reference, which the backward pass computes again. Second derivatives go
+depthwise_conv2d and batch_norm_act have kernels for their gradients, on the CPU all four. These are operators as well,
+so that compiled backward passes see them; they compute again what the activation was applied to. The gradients of the
+others are those of the reference, which the backward pass computes again. Second derivatives go
 through the reference everywhere: a backward pass that is to be differentiated (``create_graph=True``) uses it. All of
 them add in the same order each time.
 """
@@ -335,8 +335,16 @@ def _pointwise_gradients(needed, grad, input, weight, bias, activation, gate, re
     return tuple(grads)
 
 
+def _squeeze_excite_gradients(needed, grad, *operands):
+    found = cpu.squeeze_excite_gradients(grad, *operands)
+    return (*(value if need else None for value, need in zip(found, needed, strict=False)), None, None)
+
+
 _CUDA_GRADIENTS = {"depthwise_conv2d": _depthwise_gradients, "batch_norm_act": _batch_norm_gradients}
-_CPU_GRADIENTS = _CUDA_GRADIENTS | {"pointwise_conv2d": _pointwise_gradients}
+_CPU_GRADIENTS = _CUDA_GRADIENTS | {
+    "pointwise_conv2d": _pointwise_gradients,
+    "squeeze_excite": _squeeze_excite_gradients,
+}
 for _operation in OPERATIONS:
     _register_autograd(_operation)
 

@@ -251,8 +251,8 @@ void check_weight(const char* operation, const at::Tensor& x, const at::Tensor& 
 // (pixels, C), without a copy.
 at::Tensor as_rows(const at::Tensor& image) { return image.permute({0, 2, 3, 1}).reshape({-1, image.size(1)}); }
 
-// The gradients by products of whole images. They are cut in a way of their own, so that results do not depend on the
-// number of threads, as they might if the library cut them.
+// The gradients by products of whole images. They are cut in two parts at least, by shapes alone, so that the library
+// runs each on one thread and results do not depend on their number.
 ConvGradients gradients_of_images(const GradientAt& gradient, const at::Tensor& x, const ReadAs& read,
                                   const OptionalTensor& mean, const at::Tensor& weight, bool need_input,
                                   bool need_weight, const OptionalTensor& added) {
@@ -265,7 +265,7 @@ ConvGradients gradients_of_images(const GradientAt& gradient, const at::Tensor& 
     const at::Tensor z = as_rows(read.folded.has_value() ? batch_norm_apply(x, read, std::nullopt) : x);
     result.weight = at::empty(weight.sizes(), weight.options().requires_grad(false));
     const at::Tensor out = result.weight.view({k, c}), columns = rows.t();
-    int64_t parts = 1;  // of 128 rows or more, each of which reads all of z
+    int64_t parts = 2;  // of 128 rows or so and more, each of which reads all of z
     while (parts < 16 && k >= 256 * parts) parts *= 2;
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       const at::NoGradGuard no_grad_here;
@@ -279,13 +279,15 @@ ConvGradients gradients_of_images(const GradientAt& gradient, const at::Tensor& 
   if (!need_input) return result;
   result.input = empty_channels_last(x.sizes(), x);
   const at::Tensor out = as_rows(result.input), matrix = weight.view({k, c});
-  const int64_t parts = std::max<int64_t>(1, pixels / 48);
+  int64_t parts = 2;
+  while (parts < 64 && pixels >= 256 * parts) parts *= 2;
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     const at::NoGradGuard no_grad_here;
-    // Rows do not meet: their number changes nothing.
-    const Range range = {share(pixels, parts, begin).begin, share(pixels, parts, end - 1).end};
-    at::Tensor part = out.narrow(0, range.begin, range.size());
-    at::mm_out(part, rows.narrow(0, range.begin, range.size()), matrix);
+    for (int64_t i = begin; i < end; ++i) {
+      const Range range = share(pixels, parts, i);
+      at::Tensor part = out.narrow(0, range.begin, range.size());
+      at::mm_out(part, rows.narrow(0, range.begin, range.size()), matrix);
+    }
   });
   if (added.has_value()) result.input.add_(*added);
   if (read.gate.has_value()) {

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
+from .. import cpu, reference
 from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
-from ..ops import ACTIVATION_GRADIENTS
 from .batch_norm_act import uses_running_statistics
 from .conv2d_same import Conv2dSame
 from .depthwise import is_depthwise
@@ -244,7 +243,7 @@ class _Block(torch.autograd.Function):
                     norm = _normalise(stage.norm, y, statistics, *operands[1:])
                     ctx.by_batch.append(norm.by_batch)
                     tensors += norm[:3]
-                folded = _identity(y) if norm is None and stage.activation != "none" else norm and norm.folded
+                folded = cpu.plus(None, y) if norm is None and stage.activation != "none" else norm and norm.folded
                 reading = Reading(y, folded, stage.activation)
                 # The last convolution's output is needed for its norm and activation alone.
                 tensors += (None if folded is None and stage is stages[-1] else y, folded)
@@ -433,35 +432,19 @@ def _norm_coefficients(norm: Normalised, gamma: Tensor | None, sums: Tensor, y: 
     return torch.stack((norm.mean, factor, slope, offset)), grad_gamma
 
 
-def _identity(y: Tensor) -> Tensor:
-    return torch.stack((y.new_ones(y.size(1)), y.new_zeros(y.size(1))))
-
-
-def _excite(stage: Gate, reading: Reading, weight1, bias1, weight2, bias2) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _excite(stage: Gate, reading: Reading, *layers) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The gate, (N, C), and what its gradient needs."""
-    x, folded = reading.x, reading.folded
-    if folded is None:
-        folded = _identity(x)
+    x = reading.x
+    folded = cpu.plus(None, x) if reading.folded is None else reading.folded
     mean = _ops.batch_norm_pixel_sums(x, folded, reading.activation, None).div_(x.size(2) * x.size(3))
-    hidden = F.linear(mean, weight1.flatten(1), bias1)
-    excited = F.linear(reference.ACTIVATIONS[stage.squeeze](hidden), weight2.flatten(1), bias2)
-    gate = reference.ACTIVATIONS[stage.gate](excited)
+    gate, hidden, excited = cpu.excite(mean, *layers, stage.squeeze, stage.gate)
     return gate, (mean, hidden, excited, gate)
 
 
-def _excite_backward(stage: Gate, kept, grad_gate, operands, x) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _excite_backward(stage: Gate, kept, grad_gate, layers, x) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The gradient of each pixel of what was pooled, and those of weights and biases."""
-    mean, hidden, excited, _ = kept
-    weight1, bias1, weight2, bias2 = operands
-    grad = ACTIVATION_GRADIENTS[stage.gate](grad_gate, excited)
-    squeezed = reference.ACTIVATIONS[stage.squeeze](hidden)
-    grad_weight2 = (grad.t() @ squeezed).view_as(weight2)
-    grad_bias2 = None if bias2 is None else grad.sum(0)
-    grad = ACTIVATION_GRADIENTS[stage.squeeze](grad @ weight2.flatten(1), hidden)
-    grad_weight1 = (grad.t() @ mean).view_as(weight1)
-    grad_bias1 = None if bias1 is None else grad.sum(0)
-    pooled = (grad @ weight1.flatten(1)).div_(x.size(2) * x.size(3))
-    return pooled, (grad_weight1, grad_bias1, grad_weight2, grad_bias2)
+    of_mean, of_layers = cpu.excite_backward(grad_gate, *kept[:3], *layers, stage.squeeze, stage.gate)
+    return of_mean.div_(x.size(2) * x.size(3)), of_layers
 
 
 def suggests_channels_last(tensor: Tensor) -> bool:

@@ -98,7 +98,7 @@ double slope(Activation activation, double x) {
     case Activation::kHardswish:
       return x <= -3 ? 0 : x < 3 ? x / 3 + 0.5 : 1;
     case Activation::kHardsigmoid:
-      return x > -3 && x < 3 ? 1.0 / 6 : 0;
+      return x > -3 && x < 3 ? 1.0f / 6 : 0;  // as PyTorch, in every dtype
     case Activation::kSilu:
       return sigmoid * (1 + x * (1 - sigmoid));
     case Activation::kSigmoid:
