@@ -367,7 +367,10 @@ def batch_norm_act_backward(
     images, pixels, channels = _matrix(input, channels_last)
     wanted = torch.channels_last if channels_last else torch.contiguous_format
     grad_input = torch.empty_like(input, memory_format=wanted)
-    tile = image_tile(channels_last, input.element_size(), pixels, channels)
+    # Contiguous rows of 16-bit types may have to be loaded one by one: no more of them than of float32.
+    tile = image_tile(
+        channels_last, input.element_size() if channels_last else max(4, input.element_size()), pixels, channels
+    )
     channel_blocks = tile.channel_blocks(channels)
     parts = _parts(input, tile, images, pixels, channel_blocks)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32

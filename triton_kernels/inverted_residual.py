@@ -27,7 +27,7 @@ from .common import (
     wait_for_inputs,
 )
 from .depthwise_conv2d import add_to, reaches
-from .tiles import inverted_residual_tile
+from .tiles import chip_of, inverted_residual_tile
 
 
 @triton.jit
@@ -231,12 +231,14 @@ def inverted_residual(
     residual = None if residual is None else arrange(residual, True)
     expand, project = (layer and (_rows(layer[0]), layer[1]) for layer in (expand, project))
     tile = inverted_residual_tile(
+        chip_of(input),
         input.element_size(),
         channels if expand else 0,
         hidden,
         out_channels if project else 0,
         tuple(out.shape),
         (kernel_h, kernel_w),
+        stride,
     )
     parts = tile.strips(out_h) * tile.blocks(out_w)
     sums = None
@@ -279,7 +281,7 @@ def inverted_residual(
                 BLOCK_C=tile.hidden,
                 BLOCK_OUT=tile.out_channels,
                 num_warps=tile.warps,
-                num_stages=2 if input.element_size() < 8 else 1,
+                num_stages=tile.stages,
                 **launch_options(),
             )
     return (out, sums) if with_sums else out

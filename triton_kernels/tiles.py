@@ -20,11 +20,12 @@ class Chip:
     name: str
     multiprocessors: int
     shared_bytes: int  # a program's most
+    capability: int = 80  # ten times the compute capability
 
 
-B200 = Chip("B200", 148, 227 * 1024)
-H100 = Chip("H100", 132, 227 * 1024)
-A100 = Chip("A100", 108, 163 * 1024)
+B200 = Chip("B200", 148, 227 * 1024, 100)
+H100 = Chip("H100", 132, 227 * 1024, 90)
+A100 = Chip("A100", 108, 163 * 1024, 80)
 OTHER = Chip("other", 64, 99 * 1024)
 
 
@@ -32,7 +33,8 @@ OTHER = Chip("other", 64, 99 * 1024)
 def _chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
     shared = getattr(properties, "shared_memory_per_block_optin", OTHER.shared_bytes)
-    return Chip(properties.name, properties.multi_processor_count, shared)
+    capability = 10 * properties.major + properties.minor
+    return Chip(properties.name, properties.multi_processor_count, shared, capability)
 
 
 def chip_of(tensor: torch.Tensor) -> Chip:
@@ -50,7 +52,7 @@ class PatchTile:
     channels: int
     warps: int
     parts: int  # programs an image, of a block of channels
-    registers: int | None = None  # a thread's most: with 168 a multiprocessor holds twelve warps, with more only eight
+    registers: int | None = None  # a thread's most: a multiprocessor holds 64 Ki in all
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,20 @@ def depthwise_tile(
     """Patches of 4 × 2 outputs: of a 3×3 filter of stride 1 they load, and convert, 3 inputs an output instead of 9.
 
     A 5×5 filter of stride 1 has the most instructions for what it moves, and takes 7 × 2: 4.7 inputs an output instead
-    of 25, and nothing left over on maps of 7, 14, 28 and so on (in float32 5 × 2, as more spills); so do 3×3 filters on
-    the small ones of these. Of stride 2 it takes 2 × 2: with more rows it spills. A thread has 16 bytes of each pixel
-    where filter, stride and patch are small, else 4 channels: the inputs of a patch's column and the taps take the
-    registers. Of contiguous images it has 4 columns, or 2 of other types than float32, whose neighbours are loaded one
-    by one, of 7 rows: with 4 of float16 the compiler would rather spill than take the registers. Where there would be
-    fewer programs than multiprocessors, they are smaller.
+    of 25, and nothing left over on maps of 7, 14, 28 and so on (5 × 2 in float32 and for Blackwell, where more spills);
+    so do 3×3 filters on the small ones of these. Of stride 2 it takes 2 × 2: with more rows it spills; in 16-bit types
+    its programs are single warps of 184 registers, of which a multiprocessor holds eleven. A thread has 16 bytes of
+    each pixel where filter, stride and patch are small, else 4 channels: the inputs of a patch's column and the taps
+    take the registers. Of contiguous images it has 4 columns, or 2 of other types than float32, whose neighbours are
+    loaded one by one, of 7 rows: with 4 of float16 the compiler would rather spill than take the registers. Where there
+    would be fewer programs than multiprocessors, they are smaller.
     """
     images, channels, height, width = out_shape
     tall = stride == (1, 1) and (not channels_last or (3 < max(kernel) <= 5 and itemsize < 8))
     large_and_apart = channels_last and max(kernel) > 3 and stride != (1, 1)
     if stride == (1, 1) and max(kernel) <= 5 and height in (7, 14) and itemsize < 8:
         tall = True
-    tallest = 5 if channels_last and max(kernel) > 3 and itemsize > 2 else 7
+    tallest = 5 if (max(kernel) > 3 and itemsize > 2) or chip.capability >= 100 else 7
     rows = _even(height, tallest if tall else 2 if large_and_apart else 4)
     strips = -(-height // rows)
     if channels_last:
@@ -130,7 +133,9 @@ def depthwise_tile(
     warps = _warps(patches * block_c, elements)
     if channels_last and warps > 1 and block_c == 32 * warps:
         warps *= 2  # with as many channels as threads, taps would go from thread to thread through shared memory
-    registers = 168 if large_and_apart and itemsize < 8 else None
+    registers = None
+    if large_and_apart and itemsize == 2 and warps > 1:
+        patches, parts, warps, registers = patches // warps, parts * warps, 1, 184
     return PatchTile(rows, columns, patches, block_c, warps, parts, registers)
 
 
@@ -138,9 +143,9 @@ def depthwise_backward_tile(
     channels_last: bool, itemsize: int, in_shape: tuple[int, ...], taps: int, stride: tuple[int, int]
 ) -> Tile:
     """A thread holds a sum for each tap, of all filters of a channel, and element of its own: 50, of float64 25, leave
-    room in 255 registers."""
+    room in 255 registers; of float32, whose inputs take twice the registers of 16-bit types, 49."""
     _, channels, height, width = in_shape
-    room = 50 if itemsize < 8 else 25
+    room = {2: 50, 4: 49, 8: 25}[itemsize]
     elements = min(16 // itemsize, 1 << max(0, (room // taps).bit_length() - 1))
     rows = _even(-(-height // stride[0]), 2)
     return _tile(channels_last, itemsize, channels, -(-width // stride[1]), rows, elements)
@@ -214,6 +219,8 @@ def pointwise_tile(
             block_k //= 2
     # At most 64 bytes a thread of input, weights and what comes out: more spills.
     warps = 4 if max(block_m * block_n, block_m * block_k, block_n * block_k) * itemsize <= 8192 else 8
+    if itemsize == 4 and loops and block_n == 64:
+        warps = 8
     blocks = images * -(-pixels // block_m)
     # Programs that keep their weights take several blocks of pixels, as many as make four programs a multiprocessor.
     programs = min(blocks, max(1, 4 * chip.multiprocessors // out_blocks)) if channels <= block_k else blocks
@@ -241,7 +248,7 @@ def linear_tile(chip: Chip, itemsize: int, images: int, channels: int, out_chann
         block_o //= 2
     if block_o <= 16:
         block_k = min(max(16, power_of_2(channels)), 512 // itemsize)
-    return LinearTile(16, block_o, block_k, 4, 3)
+    return LinearTile(16, block_o, block_k, 8 if itemsize == 4 else 4, 3)
 
 
 def conv2d_tile(
@@ -263,7 +270,8 @@ def conv2d_tile(
     """
     most = 128 if itemsize < 8 else 32
     block_n = fit(out_channels, min(64, most, max(16, power_of_2(out_channels))), most)
-    if channels_together and channels >= 16:
+    by_element = not channels_together or channels < 16
+    if not by_element:
         block_k = fit(channels, max(16, 64 // itemsize), 128 // itemsize)
     else:
         block_k = max(16, min(32 if itemsize < 8 else 16, power_of_2(channels * kernel[0] * kernel[1])))
@@ -277,7 +285,8 @@ def conv2d_tile(
             block_m //= 2
         else:
             block_n //= 2
-    warps = 4 if block_m * block_n <= 8192 else 8
+    spills = by_element and itemsize == 4 and chip.capability >= 100
+    warps = 4 if block_m * block_n <= (2048 if spills else 8192) else 8
     # As many stages as leave room for a second program on the multiprocessor, up to four, and three at the least.
     stages = max(3, min(4, chip.shared_bytes // 2 // ((block_m + block_n) * block_k * itemsize)))
     return ProductTile(block_m, block_n, block_k, warps, stages, programs())
@@ -319,21 +328,36 @@ class BlockTile(Tile):
 
     hidden: int
     out_channels: int
+    stages: int
 
 
 def inverted_residual_tile(
-    itemsize: int, channels: int, hidden: int, out_channels: int, out_shape: tuple[int, ...], kernel: tuple[int, int]
+    chip: Chip,
+    itemsize: int,
+    channels: int,
+    hidden: int,
+    out_channels: int,
+    out_shape: tuple[int, ...],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
 ) -> BlockTile:
     """Products need 16 of everything. ``channels`` and ``out_channels`` are 0 where there is no such product.
 
-    Of hidden channels no more at a time: with 32, or more rows, the compiler spills. Float64, whose fused blocks are
-    there to check the others, spills even so.
+    Of hidden channels no more at a time: with 32, or more rows, the compiler spills. Float64 has blocks to check the
+    others, in the interpreter: it spills even so, and no plan has them.
     """
     _, _, height, width = out_shape
     large = max(kernel) > 3
     columns = fit(width, 16, 16 if large or itemsize == 8 or (channels and out_channels) else 32)
-    rows = _even(height, 1 if itemsize == 8 else 2)
-    # Threads of several warps wait for each other at every tap, as operands of products pass between them; but a single
-    # one has no room for those of float32.
-    warps = 1 if itemsize == 2 else 4
-    return BlockTile(rows, columns, max(16, power_of_2(channels)), warps, 16, max(16, power_of_2(out_channels)))
+    project_large = large and not channels
+    rows = _even(height, 1 if itemsize == 8 or (itemsize == 2 and project_large) else 2)
+    # Threads of several warps wait for each other at every tap, as operands of products pass between them: one, where
+    # one has the room, and two where it spills.
+    if itemsize == 2:
+        fits = stride == (1, 1) if not out_channels else channels and not large and chip.capability < 100
+        warps = 1 if fits else 2
+    else:
+        warps = 4
+    stages = 1 if itemsize == 8 or (itemsize == 2 and project_large and chip.capability >= 90) else 2
+    in_block, out_block = max(16, power_of_2(channels)), max(16, power_of_2(out_channels))
+    return BlockTile(rows, columns, in_block, warps, 16, out_block, stages)

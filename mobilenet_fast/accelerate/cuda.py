@@ -277,7 +277,9 @@ _MOST_BLOCK_CHANNELS = 64
 def _fastest(
     graph: Graph, limits: Limits, expand: Node | None, depthwise: Node, project: Node | None
 ) -> tuple[Node | None, Node | None]:
-    """Which of a block's layers run as one, by a count of what each way takes."""
+    """Which of a block's layers run as one, by a count of what each way takes. Of float64 none: registers don't do."""
+    if depthwise.dtype == torch.float64:
+        return None, None
     if expand is not None and expand.inputs[0].shape[1] > _MOST_BLOCK_CHANNELS:
         expand = None
     if project is not None and project.shape[1] > _MOST_BLOCK_CHANNELS:
