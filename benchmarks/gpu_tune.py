@@ -87,7 +87,7 @@ def depthwise_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.Pat
         strips, blocks = -(-height // rows), -(-width // columns)
         patches = max(1, min(tiles.power_of_2(strips * blocks), 32 * warps * elements // block_c))
         parts = -(-strips * blocks // patches)
-        return tiles.PatchTile(rows, columns, patches, block_c, warps, parts, tile.registers)
+        return tiles.PatchTile(rows, columns, patches, block_c, warps, parts)
 
     if not channels_last:
         return
@@ -198,10 +198,20 @@ def shorten(tile: Any) -> str:
     return " ".join(f"{name}={value}" for name, value in asdict(tile).items())
 
 
-def steps_with_tiles(
-    plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool
-) -> Iterator[tuple[int, Any, Any, bool, Callable]]:
-    """Step by step: its number among the rows, the step, a tile, whether it is the default, and a call of the step."""
+@dataclass(frozen=True)
+class Trial:
+    """A step with a tile, which `tiles.py` keeps by ``key`` if it turns out to be the fastest."""
+
+    row: int
+    step: Any
+    tile: Any
+    is_default: bool
+    key: str | None
+    call: Callable[[], Any]
+
+
+def steps_with_tiles(plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool) -> Iterator[Trial]:
+    """Step by step, first with the tile that is chosen, then, if all are to be swept, with others."""
     values: dict = dict(zip(plan.inputs, [image], strict=True))
     seen, row = set(), -1
     for step in plan.steps:
@@ -222,18 +232,18 @@ def steps_with_tiles(
         if not step.kernel:
             continue
         tile = default[0] if default else None
-        yield row, step, tile, True, lambda step=step: step.run(values)
-        key = repr(asked)
-        if not sweep or choice is None or key in seen:
+        key = tiles.tuned_key(function, asked[0]) if len(asked) == 1 else None
+        yield Trial(row, step, tile, True, key, lambda step=step: step.run(values))
+        if not sweep or choice is None or repr(asked) in seen:
             continue
-        seen.add(key)
+        seen.add(repr(asked))
         tried = {tile}
         for variant in variants(tile, asked[0]):
             if variant in tried:
                 continue
             tried.add(variant)
             with mock.patch.object(module, function, lambda *args, variant=variant: variant):
-                yield row, step, variant, False, lambda step=step: step.run(values)
+                yield Trial(row, step, variant, False, key, lambda step=step: step.run(values))
 
 
 def measure_us(call: Callable[[], Any], runs: int = 5) -> float:
@@ -262,21 +272,42 @@ def measure_us(call: Callable[[], Any], runs: int = 5) -> float:
     return 1e3 * statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / count
 
 
-def timings_of(model: str, batch: int, dtype: torch.dtype, way: str, sweep: bool) -> Iterator[Timing]:
+def timings_of(model: str, batch: int, dtype: torch.dtype, way: str, sweep: bool) -> Iterator[tuple[Trial, Timing]]:
     plan = plan_of(model, batch, dtype, "cuda", way)
     image = torch.randn(batch, 3, MODELS[model], MODELS[model], dtype=dtype, device="cuda")
     with torch.no_grad(), common.dependent_launches(plan.device):
-        for row, step, tile, is_default, call in steps_with_tiles(plan, image, sweep):
+        for trial in steps_with_tiles(plan, image, sweep):
+            step, tile = trial.step, trial.tile
             try:
-                us = measure_us(call)
+                us = measure_us(trial.call)
             except Exception as failure:
                 print(f"{model} {batch} {step.kernel} {tile}: {type(failure).__name__} {failure}".splitlines()[0])
                 us = None
-            line = plan.report.rows[row]
-            yield Timing(
-                *(model, batch, way, row, line.name, line.operation, "x".join(map(str, line.shape)), step.kernel),
-                *(line.bytes, 1e6 * step.work.seconds(), "" if tile is None else shorten(tile), is_default, us),
+            line = plan.report.rows[trial.row]
+            operation, shape = line.operation, "x".join(map(str, line.shape))
+            yield (
+                trial,
+                Timing(
+                    *(model, batch, way, trial.row, line.name, operation, shape, step.kernel),
+                    *(line.bytes, 1e6 * step.work.seconds(), "" if tile is None else shorten(tile)),
+                    *(trial.is_default, us),
+                ),
             )
+
+
+def faster_tiles(timed: list[tuple[Trial, Timing]]) -> dict[str, Any]:
+    """By key, tiles that take at least 3 % less time than those that were chosen."""
+    by_key: dict[str, list[tuple[Trial, Timing]]] = {}
+    for trial, timing in timed:
+        if trial.key is not None and timing.us is not None:
+            by_key.setdefault(trial.key, []).append((trial, timing))
+    found = {}
+    for key, tried in by_key.items():
+        chosen = [timing.us for trial, timing in tried if trial.is_default]
+        trial, timing = min(tried, key=lambda pair: pair[1].us)
+        if chosen and timing.us < 0.97 * min(chosen):
+            found[key] = trial.tile
+    return found
 
 
 class FakeDriver:
@@ -329,8 +360,8 @@ def compile_launch(launch: Launch) -> None:
 
 
 def run_all(plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool) -> None:
-    for *_, call in steps_with_tiles(plan, image, sweep):
-        call()
+    for trial in steps_with_tiles(plan, image, sweep):
+        trial.call()
 
 
 def compile_share(jobs: list[Job], chip: str | None, index: int, count: int) -> None:
@@ -388,6 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="fp16", choices=DTYPES)
     parser.add_argument("--no-sweep", action="store_true", help="only the tiles that are chosen")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="of fusing blocks")
+    parser.add_argument("--keep", action="store_true", help="let later programs use the tiles that were faster")
     parser.add_argument("--compile", action="store_true", help="only compile")
     parser.add_argument("--chip", choices=("H100", "H200"), help="for which fused blocks are chosen while compiling")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
@@ -407,15 +439,20 @@ def main(arguments: list[str] | None = None) -> int:
         compile_all(jobs, options.chip, options.processes)
     if options.compile:
         return 0
-    timings = []
+    timed = []
     for model, batch, dtype, way, sweep in jobs:
-        timings += timings_of(model, batch, DTYPES[dtype], way, sweep)
+        timed += timings_of(model, batch, DTYPES[dtype], way, sweep)
+    timings = [timing for _, timing in timed]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, list(asdict(timings[0])), lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(t) for t in timings)
     print(summary(timings))
+    if options.keep:
+        found = faster_tiles(timed)
+        tiles.keep_tuned(found)
+        print(f"{len(found)} tiles kept in {tiles.tuned_path()}")
     return 0
 
 

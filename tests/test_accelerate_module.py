@@ -138,6 +138,19 @@ def test_captured_under_any_mode(model, x):
     assert y.dtype == torch.float32 and torch.equal(y, fast(x))
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has one setting for all")
+@pytest.mark.parametrize("precision", ("ieee", "tf32"))
+def test_captured_under_any_precision_of_convolutions(model, x, precision):
+    conv, rnn = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = conv.fp32_precision, rnn.fp32_precision
+    try:
+        conv.fp32_precision = precision
+        assert accelerate(model)(x).shape == (len(x), 5)
+        assert (conv.fp32_precision, rnn.fp32_precision) == (precision, before[1])
+    finally:
+        conv.fp32_precision, rnn.fp32_precision = before
+
+
 def test_autocast_changes_nothing_in_aten_steps():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Softmax(1)).eval()
     x = torch.randn(2, 4, 8, 8)

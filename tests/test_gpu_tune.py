@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from triton.runtime import driver  # noqa: E402
 
 from benchmarks import gpu_tune  # noqa: E402
+from mobilenet_fast.triton_kernels import tiles  # noqa: E402
 
 MODEL = "mobilenet_v3_small"
 
@@ -27,17 +28,17 @@ def test_every_step_is_launched_with_its_tile_and_others(plan):
     found = []
 
     def run():
-        for row, step, tile, is_default, call in gpu_tune.steps_with_tiles(plan, image, True):
-            call()
-            found.append((row, step.kernel, tile, is_default))
+        for trial in gpu_tune.steps_with_tiles(plan, image, True):
+            trial.call()
+            found.append(trial)
 
     with gpu_tune.on_cpu_tensors():
         launches = gpu_tune.record(run, 90)
     assert len(launches) > len(found)
-    rows = [row for row, _, _, is_default in found if is_default]
+    rows = [trial.row for trial in found if trial.is_default]
     assert rows == list(range(len(plan.report.rows)))
-    tiles = [(row, tile) for row, _, tile, _ in found if tile is not None]
-    assert len(set(tiles)) == len(tiles) > 3 * len(rows)
+    tried = [(trial.row, trial.tile) for trial in found if trial.tile is not None]
+    assert len(set(tried)) == len(tried) > 3 * len(rows)
 
 
 def test_a_launch_is_compiled_without_a_gpu(plan, monkeypatch, tmp_path, capsys):
@@ -63,3 +64,42 @@ def test_summary_names_what_is_faster():
     first = gpu_tune.Timing(MODEL, 1, "planned", 0, "", "", "1x8x7x7", "Triton conv2d", 1000, 1.0, "a=1", True, 4.0)
     found = gpu_tune.summary([first, replace(first, tile="a=2", is_default=False, us=2.0), replace(first, way="all")])
     assert "best     2.0 a=2" in found and found.splitlines()[-1] == f"{MODEL} batch 1 all: 4 us"
+
+
+def test_faster_tiles_are_kept_for_this_chip(plan, monkeypatch, tmp_path):
+    image = torch.empty(1, 3, 224, 224, dtype=torch.float16)
+    timing = gpu_tune.Timing(MODEL, 1, "planned", 0, "", "", "", "", 1000, 1.0, "", True, None)
+    monkeypatch.setenv("MOBILENET_FAST_TILES", str(tmp_path / "made" / "tiles.json"))
+    timed = []
+
+    def run(sweep):
+        chosen = []
+        for trial in gpu_tune.steps_with_tiles(plan, image, sweep):
+            trial.call()
+            chosen += [trial.tile] if trial.is_default else []
+            us = 4.0 if trial.is_default else 3.9 if len(timed) % 2 else None if len(timed) % 3 else 3.0
+            timed.append((trial, replace(timing, us=us)))
+        return chosen
+
+    def chosen(sweep=False):
+        found = []
+        with gpu_tune.on_cpu_tensors():
+            gpu_tune.record(lambda: found.extend(run(sweep)), 90)
+        return found
+
+    tiles._tuned.cache_clear()
+    try:
+        before = chosen(sweep=True)
+        kept = gpu_tune.faster_tiles(timed)
+        assert kept
+        tiles.keep_tuned(kept)
+        after = chosen()
+        changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+        assert changed and {new for _, new in changed} <= set(kept.values())
+        tiles.tuned_path().write_text("{")
+        tiles._tuned.cache_clear()
+        with pytest.warns(UserWarning, match="tiles.json is not read"):
+            assert chosen() == before
+    finally:
+        monkeypatch.undo()
+        tiles._tuned.cache_clear()

@@ -173,6 +173,32 @@ def test_square_depthwise_kernels(layout, kernel, stride, map_size):
     run_and_check("depthwise_conv2d", args)
 
 
+# Filters whose columns are a loop, and whose gradients are PyTorch's.
+LARGE = [
+    {"kernel": (9, 9), "layout": "channels_last", "dtype": torch.float16, "channels": 5, "map_size": (12, 9)},
+    {"kernel": (3, 31), "layout": "contiguous", "channels": 3, "map_size": (5, 40), "stride": (2, 3)},
+    {"kernel": (13, 5), "layout": "channels_last", "channels": 3, "map_size": (9, 8), "dilation": (1, 2)},
+    {"kernel": (11, 11), "layout": "contiguous", "dtype": torch.bfloat16, "multiplier": 2, "map_size": (7, 8)},
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=case_id)
+def test_large_depthwise_filters(case):
+    run_and_check("depthwise_conv2d", depthwise_conv2d_cases.arguments(**case, activation="silu"))
+    input, weight, _, *geometry, _, _ = depthwise_conv2d_cases.arguments(**case)
+    leaves = [t.double().requires_grad_() for t in (input, weight)]
+    output = F.conv2d(*leaves, None, *geometry, groups=input.size(1))
+    grad = operand(tuple(output.shape), case["layout"], input.dtype, 5)
+    expected = torch.autograd.grad(output, leaves, grad.double())
+    for needed in ((True, True), (True, False), (False, True)):
+        found = run("depthwise_conv2d_backward", (grad, input, weight, *geometry, *needed))
+        for got, wanted, need in zip(found, expected, needed, strict=True):
+            assert (got is not None) == need
+            if need:
+                assert got.dtype == input.dtype
+                tolerance.assert_close(got.cpu(), wanted, 200, wanted.abs().max())
+
+
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_every_depthwise_tap_counts(layout):
     args = depthwise_conv2d_cases.arguments(map_size=(4, 4), batch=1, layout=layout)
@@ -287,6 +313,7 @@ TRAINING = pairwise(
     eps=(1e-5, 1e-3),
     activation=ACTIVATIONS,
     running=(True, False),
+    momentum=(0.3, None),
 )
 
 
@@ -321,17 +348,18 @@ def test_batch_norm_act_training(case):
     cancel. An input's rounding, and a mean's, count in deviations: ``condition`` times as much as a result's.
     """
     running = case["running"]
-    values = {name: value for name, value in case.items() if name != "running"}
+    values = {name: value for name, value in case.items() if name not in ("running", "momentum")}
     input, mean, var, weight, bias, eps, activation = batch_norm_act_cases.arguments(**values)
     input.add_(20.0)
-    momentum, count = 0.3, input.numel() // input.size(1)
+    batches = torch.tensor(3) if case["momentum"] is None else None
+    momentum, count = 1 / 3 if batches is not None else 0.3, input.numel() // input.size(1)
     buffers = [t.to(torch.float32 if t.itemsize < 4 else t.dtype) for t in (mean, var)] if running else [None, None]
     exact = [None if t is None else t.double() for t in (*buffers, weight, bias)]
     leaves = [t.requires_grad_() for t in (input.double(), *exact[2:]) if t is not None]
     inner = F.batch_norm(leaves[0], *exact[:2], *exact[2:], True, momentum, eps)
     # PyTorch's own gradient of hardsigmoid has a sixth in float32.
     expected = F.relu6(inner + 3) / 6 if activation == "hardsigmoid" else reference.ACTIVATIONS[activation](inner)
-    args = on_device((input, *buffers, weight, bias, momentum, eps, activation))
+    args = on_device((input, *buffers, weight, bias, case["momentum"], eps, activation, batches))
     with poisoned_memory():
         output, batch_mean, rstd = triton_kernels.batch_norm_act_training(*args)
 

@@ -164,6 +164,7 @@ def _merge_statistics(
     rstd_ptr,
     running_mean_ptr,
     running_var_ptr,
+    batches_ptr,
     parts,
     channels,
     pixels,
@@ -195,13 +196,17 @@ def _merge_statistics(
     variance = square / pixels
     tl.store(mean_ptr + channel, mean, here)
     tl.store(rstd_ptr + channel, 1.0 / square_root(variance + EPS), here)
+    if batches_ptr is not None:
+        share = 1.0 / tl.load(batches_ptr).to(ACC)
+    else:
+        share = tl.full([], MOMENTUM, ACC)
     if running_mean_ptr is not None:
         old = tl.load(running_mean_ptr + channel, here, 0.0).to(ACC)
-        new = old + MOMENTUM * (mean - old)
+        new = old + share * (mean - old)
         tl.store(running_mean_ptr + channel, new.to(running_mean_ptr.dtype.element_ty), here)
     if running_var_ptr is not None:
         old = tl.load(running_var_ptr + channel, here, 0.0).to(ACC)
-        new = old + MOMENTUM * (square / tl.maximum(pixels - 1, 1) - old)
+        new = old + share * (square / tl.maximum(pixels - 1, 1) - old)
         tl.store(running_var_ptr + channel, new.to(running_var_ptr.dtype.element_ty), here)
 
 
@@ -307,11 +312,15 @@ def batch_norm_act_training(
     running_var: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     activation: str,
+    num_batches_tracked: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``activation(F.batch_norm(..., training=True))``, which moves the running statistics by ``momentum`` of the way.
+
+    Args:
+        momentum: None for the mean over all batches, by ``num_batches_tracked``, which has counted this one already.
 
     Returns:
         The output, and mean and 1 / standard deviation, (C,), for the backward pass.
@@ -341,9 +350,10 @@ def batch_norm_act_training(
         )
         _merge_statistics[(triton.cdiv(channels, 32),)](
             *(means, squares, counts, mean, rstd, running_mean, running_var),
+            None if momentum is not None else num_batches_tracked,
             *(parts, channels, images * pixels),
             EPS=eps,
-            MOMENTUM=momentum,
+            MOMENTUM=0.0 if momentum is None else momentum,
             BLOCK_PARTS=32,
             BLOCK_C=32,
         )

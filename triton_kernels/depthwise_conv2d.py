@@ -36,7 +36,7 @@ from .common import (
     wait_for_inputs,
     within,
 )
-from .tiles import chip_of, depthwise_backward_tile, depthwise_tile
+from .tiles import chip_of, depthwise_backward_tile, depthwise_tile, is_large
 
 
 @triton.constexpr_function
@@ -104,6 +104,7 @@ def _forward(
     COLUMNS: tl.constexpr,
     PATCHES: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOOP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     ACC: tl.constexpr = accumulator(y_ptr.dtype.element_ty)
@@ -153,25 +154,44 @@ def _forward(
     first = patch_pointers(x_ptr, x_strides, x_row_stride, image, x_row, x_column, x_channel, CHANNELS_LAST)
     filter_ptr = weight_ptr + channel * WEIGHT_CHANNEL_STRIDE
     wait_for_inputs(DEPENDENT)
-    for dx in tl.static_range((COLUMNS - 1) * STRIDE_W + (KERNEL_W - 1) * DILATION_W + 1):
-        if reaches(dx, COLUMNS, STRIDE_W, DILATION_W, KERNEL_W):
+    if LOOP:  # of a large filter: its columns one after another, each of which meets the patch's only one
+        for kx in range(KERNEL_W):
+            dx = kx * DILATION_W
             columns_inside = within(x_column + dx, width)
             xs = ()
             for dy in tl.static_range((ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1):
-                x = start  # a row that nobody meets
+                x = start
                 if reaches(dy, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
                     inside = columns_inside & within(x_row + dy, height)
                     inside = inside[:, None] & channels_here[None, :]
                     pointers = first + (tl.cast(dy, tl.int64) * x_row_stride + dx * x_strides[1])
                     x = tl.load(pointers, inside, 0.0).to(ACC)
                 xs += (x,)
-            for j in tl.static_range(COLUMNS):
-                if tap_of(dx, j, STRIDE_W, DILATION_W, KERNEL_W) >= 0:
-                    tap_ptr = filter_ptr + tap_of(dx, j, STRIDE_W, DILATION_W, KERNEL_W) * WEIGHT_COLUMN_STRIDE
-                    for ky in tl.static_range(KERNEL_H):
-                        tap = tl.load(tap_ptr + ky * WEIGHT_ROW_STRIDE, channels_here, 0.0).to(ACC)[None, :]
-                        for i in tl.static_range(ROWS):
-                            totals = add_to(totals, i * COLUMNS + j, xs[i * STRIDE_H + ky * DILATION_H] * tap)
+            for ky in tl.static_range(KERNEL_H):
+                pointers = filter_ptr + ky * WEIGHT_ROW_STRIDE + kx * WEIGHT_COLUMN_STRIDE
+                tap = tl.load(pointers, channels_here, 0.0).to(ACC)[None, :]
+                for i in tl.static_range(ROWS):
+                    totals = add_to(totals, i, xs[i * STRIDE_H + ky * DILATION_H] * tap)
+    else:
+        for dx in tl.static_range((COLUMNS - 1) * STRIDE_W + (KERNEL_W - 1) * DILATION_W + 1):
+            if reaches(dx, COLUMNS, STRIDE_W, DILATION_W, KERNEL_W):
+                columns_inside = within(x_column + dx, width)
+                xs = ()
+                for dy in tl.static_range((ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1):
+                    x = start  # a row that nobody meets
+                    if reaches(dy, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
+                        inside = columns_inside & within(x_row + dy, height)
+                        inside = inside[:, None] & channels_here[None, :]
+                        pointers = first + (tl.cast(dy, tl.int64) * x_row_stride + dx * x_strides[1])
+                        x = tl.load(pointers, inside, 0.0).to(ACC)
+                    xs += (x,)
+                for j in tl.static_range(COLUMNS):
+                    if tap_of(dx, j, STRIDE_W, DILATION_W, KERNEL_W) >= 0:
+                        tap_ptr = filter_ptr + tap_of(dx, j, STRIDE_W, DILATION_W, KERNEL_W) * WEIGHT_COLUMN_STRIDE
+                        for ky in tl.static_range(KERNEL_H):
+                            tap = tl.load(tap_ptr + ky * WEIGHT_ROW_STRIDE, channels_here, 0.0).to(ACC)[None, :]
+                            for i in tl.static_range(ROWS):
+                                totals = add_to(totals, i * COLUMNS + j, xs[i * STRIDE_H + ky * DILATION_H] * tap)
 
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + channel, channels_here, 0.0).to(ACC)[None, :]
@@ -407,8 +427,8 @@ def depthwise_conv2d(
                 COLUMNS=tile.columns,
                 PATCHES=tile.patches,
                 BLOCK_C=tile.channels,
+                LOOP=is_large((kernel_h, kernel_w)),
                 num_warps=tile.warps,
-                **({} if tile.registers is None else {"maxnreg": tile.registers}),
                 **launch_options(),
             )
     return (out, sums) if with_sums else out
@@ -426,10 +446,13 @@ def depthwise_conv2d_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of ``F.conv2d(input, weight, None, stride, padding, dilation, groups=C)`` for those that are needed.
 
-    Weight's is summed in the same order each time, on the same chip.
+    Weight's is summed in the same order each time, on the same chip. Those of large filters are PyTorch's: a thread has
+    no room for a sum a tap.
     """
     (kernel_h, kernel_w), (batch, channels, height, width) = weight.shape[2:], input.shape
     multiplier = weight.shape[0] // channels
+    if is_large((kernel_h, kernel_w)):
+        return _large_backward(grad_output, input, weight, (stride, padding, dilation), [need_input, need_weight])
     channels_last = output_format(input, weight) == torch.channels_last
     grad_output, input = arrange(grad_output, channels_last), arrange(input, channels_last)
     # Dense, whatever strides the input has: of pixels that share memory, each has a gradient of its own.
@@ -471,3 +494,18 @@ def depthwise_conv2d_backward(
     if not need_weight:
         return grad_input, None
     return grad_input, partial.sum(0).permute(3, 0, 1, 2).reshape(weight.shape).to(weight.dtype)
+
+
+def _large_backward(grad_output, input, weight, geometry, needed):
+    dtype = input.dtype if input.is_cuda else torch.promote_types(input.dtype, torch.float32)  # what PyTorch has on CPU
+    operands = [tensor.to(dtype) for tensor in (grad_output, input, weight)]
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        of_input, of_weight, _ = torch.ops.aten.convolution_backward(
+            *operands, None, *geometry, False, [0, 0], input.size(1), [*needed, False]
+        )
+    finally:
+        torch.backends.cudnn.deterministic = before
+    if needed[0]:
+        of_input = of_input.to(input.dtype, memory_format=output_format(input, weight))
+    return of_input, of_weight.to(weight.dtype).contiguous() if needed[1] else None

@@ -6,15 +6,20 @@ it reads its input, leave only the two layers to do here; then no pass over the 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from .activations import activate
-from .common import accumulator, dot_precision, launch_options, on_device, wait_for_inputs
+from .common import accumulator, dot_precision, launch_options, multiple, on_device, wait_for_inputs
 from .epilogue import epilogue
 from .pool2d import sum_pixels
 from .tiles import chip_of, linear_tile, power_of_2
+
+# Elements of a weight's row that are loaded together, by their bytes: 16 bytes, but of float64, where that spills.
+_TOGETHER = {2: 8, 4: 4, 8: 1}
 
 
 @triton.jit
@@ -31,6 +36,7 @@ def _layer(
     pixels,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -42,6 +48,8 @@ def _layer(
     Products are of the weights' type, as PyTorch's are. ``PARTS`` of an image are loaded at once.
     """
     ACC: tl.constexpr = accumulator(weight_ptr.dtype.element_ty)
+    channels = multiple(channels, VECTOR)
+    weight_stride = multiple(weight_stride, VECTOR)
     out_blocks = tl.cdiv(out_channels, BLOCK_O)
     out_channel = tl.program_id(0) % out_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     out_here = (out_channel < out_channels)[None, :]
@@ -97,6 +105,7 @@ def squeeze_excite_gate(
                     *(x, weight, bias, y, batch, count, in_channels, out_channels, weight.stride(0), divisor),
                     ACTIVATION=activation,
                     PRECISION=dot_precision(weight.dtype),
+                    VECTOR=math.gcd(_TOGETHER[weight.element_size()], in_channels, weight.stride(0)),
                     PARTS=min(4, power_of_2(count)),
                     BLOCK_N=tile.rows,
                     BLOCK_K=tile.channels,

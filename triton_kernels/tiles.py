@@ -2,15 +2,22 @@
 
 Elements a thread holds, and so registers, follow from the tile: ``rows * columns * channels / (32 * warps)`` sums.
 The rules come from counting (bytes a load, sectors of 32 bytes, registers), and in float16 from what an H200 showed
-(docs/gpu.md).
+(docs/gpu.md). Where ``python -m benchmarks.gpu_tune --keep`` has measured a faster tile on this chip, that is taken.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+import triton
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,56 @@ def chip_of(tensor: torch.Tensor) -> Chip:
     return _chip(tensor.device.index or 0) if tensor.is_cuda else OTHER
 
 
+def tuned_path() -> Path:
+    """The file of measured tiles: MOBILENET_FAST_TILES, or one in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MOBILENET_FAST_TILES") or Path(cache, "mobilenet_fast", "tiles.json"))
+
+
+def tuned_key(function: str, arguments: tuple) -> str:
+    """What a measured tile is for; ``arguments`` begin with the chip. Another Triton may make other code of a tile."""
+    chip, *rest = arguments
+    return json.dumps([triton.__version__, chip.name, function, *rest])
+
+
+@functools.lru_cache(1)
+def _tuned() -> dict[str, dict]:
+    path = tuned_path()
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"mobilenet_fast: {path} is not read: {error}", stacklevel=2)
+        return {}
+
+
+def keep_tuned(found: dict[str, Any]) -> None:
+    """Adds tiles by `tuned_key` to the file; programs that run already do not look again, but this one."""
+    path = tuned_path()
+    _tuned.cache_clear()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    written.write_text(json.dumps(_tuned() | {key: asdict(tile) for key, tile in found.items()}, indent=1))
+    written.replace(path)
+    _tuned.cache_clear()
+
+
+def _tunable(kind: type) -> Callable[[Callable], Callable]:
+    """The rule, but where a tile of this kind has been measured to be faster for the same arguments."""
+
+    def decorate(rule: Callable) -> Callable:
+        @functools.wraps(rule)
+        def tile(*arguments: Any) -> Any:
+            table = _tuned()
+            fields = table and table.get(tuned_key(rule.__name__, arguments))
+            return kind(**fields) if fields else rule(*arguments)
+
+        return tile
+
+    return decorate
+
+
 @dataclass(frozen=True)
 class PatchTile:
     """Of a depthwise convolution: a thread's patch of rows × columns, and a program's patches and channels."""
@@ -52,7 +109,6 @@ class PatchTile:
     channels: int
     warps: int
     parts: int  # programs an image, of a block of channels
-    registers: int | None = None  # a thread's most: a multiprocessor holds 64 Ki in all
 
 
 @dataclass(frozen=True)
@@ -85,6 +141,12 @@ def fit(size: int, least: int, most: int) -> int:
     return max(block for block in choices if waste[block] <= max(7 / 6, min(waste.values())))
 
 
+def is_large(kernel: tuple[int, int]) -> bool:
+    """Whether a depthwise filter has so many taps that code for each would take minutes to compile."""
+    return kernel[0] * kernel[1] > 49
+
+
+@_tunable(PatchTile)
 def depthwise_tile(
     chip: Chip,
     channels_last: bool,
@@ -98,7 +160,7 @@ def depthwise_tile(
     A 5×5 filter of stride 1 has the most instructions for what it moves, and takes 7 × 2: 4.7 inputs an output instead
     of 25, and nothing left over on maps of 7, 14, 28 and so on (5 × 2 in float32 and for Blackwell, where more spills);
     so do 3×3 filters on the small ones of these. Of stride 2 it takes 2 × 2: with more rows it spills; in 16-bit types
-    its programs are single warps of 184 registers, of which a multiprocessor holds eleven. A thread has 16 bytes of
+    its programs are single warps, for which the compiler takes fewer registers. A thread has 16 bytes of
     each pixel where filter, stride and patch are small, else 4 channels: the inputs of a patch's column and the taps
     take the registers. Of contiguous images it has 4 columns, or 2 of other types than float32, whose neighbours are
     loaded one by one, of 7 rows: with 4 of float16 the compiler would rather spill than take the registers. Where there
@@ -114,7 +176,7 @@ def depthwise_tile(
     strips = -(-height // rows)
     if channels_last:
         elements = min(8 if stride == (1, 1) and max(kernel) <= 3 and not tall else 4, 16 // itemsize)
-        columns = min(2, width)
+        columns = 1 if is_large(kernel) else min(2, width)
         block_c = fit(channels, 32 // itemsize, 128 // itemsize)
         if channels % block_c and channels % (block_c // 2) == 0 and block_c * itemsize >= 128:
             block_c //= 2
@@ -133,10 +195,10 @@ def depthwise_tile(
     warps = _warps(patches * block_c, elements)
     if channels_last and warps > 1 and block_c == 32 * warps:
         warps *= 2  # with as many channels as threads, taps would go from thread to thread through shared memory
-    registers = None
     if large_and_apart and itemsize == 2 and warps > 1:
-        patches, parts, warps, registers = patches // warps, parts * warps, 1, 184
-    return PatchTile(rows, columns, patches, block_c, warps, parts, registers)
+        patches, warps = max(1, patches // warps), 1
+        parts = -(-strips * -(-width // columns) // patches)
+    return PatchTile(rows, columns, patches, block_c, warps, parts)
 
 
 def depthwise_backward_tile(
@@ -185,6 +247,7 @@ class ProductTile:
     programs: int
 
 
+@_tunable(ProductTile)
 def pointwise_tile(
     chip: Chip, itemsize: int, images: int, pixels: int, channels: int, out_channels: int
 ) -> ProductTile:
@@ -238,6 +301,7 @@ class LinearTile:
     stages: int
 
 
+@_tunable(LinearTile)
 def linear_tile(chip: Chip, itemsize: int, images: int, channels: int, out_channels: int) -> LinearTile:
     """What takes the time is the way to the memory and back, once for each turn of the loop over input channels, not
     products: many channels at a time, and as many programs as there are multiprocessors.
@@ -251,6 +315,7 @@ def linear_tile(chip: Chip, itemsize: int, images: int, channels: int, out_chann
     return LinearTile(16, block_o, block_k, 8 if itemsize == 4 else 4, 3)
 
 
+@_tunable(ProductTile)
 def conv2d_tile(
     chip: Chip,
     itemsize: int,
@@ -331,6 +396,7 @@ class BlockTile(Tile):
     stages: int
 
 
+@_tunable(BlockTile)
 def inverted_residual_tile(
     chip: Chip,
     itemsize: int,
@@ -348,7 +414,8 @@ def inverted_residual_tile(
     """
     _, _, height, width = out_shape
     large = max(kernel) > 3
-    columns = fit(width, 16, 16 if large or itemsize == 8 or (channels and out_channels) else 32)
+    narrow = large or itemsize == 8 or (channels and out_channels) or out_channels > 32
+    columns = fit(width, 16, 16 if narrow else 32)
     project_large = large and not channels
     rows = _even(height, 1 if itemsize == 8 or (itemsize == 2 and project_large) else 2)
     # Threads of several warps wait for each other at every tap, as operands of products pass between them: one, where

@@ -6,6 +6,8 @@ import copy
 import itertools
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -450,10 +452,30 @@ def _capture(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Capture:
                 raise TypeError(f"accelerate: input must be {dtypes.pop()}, got {leaf.dtype}") from error
         raise ValueError(f"accelerate: the model does not take these inputs: {first_line(error)}") from error
     try:
-        return Capture(model, args, kwargs, Structure(outputs) if holds_dataclass(outputs) else None)
+        with _one_precision():
+            return Capture(model, args, kwargs, Structure(outputs) if holds_dataclass(outputs) else None)
     except Exception as error:
         what, why = type(model).__name__, first_line(error).removeprefix("accelerate: ")
         raise NotImplementedError(f"accelerate: {what} cannot be captured: {why}") from error
+
+
+@contextmanager
+def _one_precision() -> Iterator[None]:
+    """torch.export asks for ``cudnn.allow_tf32``, an error where ``fp32_precision`` says more than that can. Nothing is
+    computed meanwhile.
+    """
+    cudnn = torch.backends.cudnn
+    try:
+        _ = cudnn.allow_tf32
+    except RuntimeError:
+        before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+        cudnn.allow_tf32 = True
+        try:
+            yield
+        finally:
+            cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
+    else:
+        yield
 
 
 def _capture_lock() -> threading.RLock:
