@@ -52,6 +52,7 @@ cpu_isa = _import_compiled().cpu_isa
 
 from mobilenet_fast import functional, models, nn
 from mobilenet_fast.accelerate import AcceleratedModule, accelerate, load
+from mobilenet_fast.nn.fusion import training_report
 from mobilenet_fast.replace import replace_layers, restore_layers
 
 __version__ = "0.1.0"
@@ -65,4 +66,5 @@ __all__ = [
     "nn",
     "replace_layers",
     "restore_layers",
+    "training_report",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from .. import functional, reference
@@ -15,8 +18,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
     An `nn.BatchNorm2d` in constructor, attributes and state_dict. In eval mode, tensors that
     `mobilenet_fast.functional` has kernels for and that need no gradient run in one, in one pass; everything else, and
     training, runs as `nn.BatchNorm2d` does. Of half-precision images, parameters and statistics may be float32.
-    `nn.SyncBatchNorm.convert_sync_batchnorm` makes an `nn.SyncBatchNorm` of it and so drops the activation: keep the
-    two apart where that is used.
+    What `nn.SyncBatchNorm.convert_sync_batchnorm` makes of it, a `SyncBatchNormAct`, keeps the activation.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as `nn.BatchNorm2d` takes them.
@@ -73,6 +75,28 @@ class BatchNormAct2d(nn.BatchNorm2d):
             and self.activation is not None
             and kernels_serve(input, norm=(self.running_mean, self.running_var, self.weight, self.bias))
         )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        caller = sys._getframe(1)
+        asks = caller.f_code is nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__
+        if asks and self.activation is not None:
+            # PyTorch's conversion asks for the children of what it replaces, and for no activation. It goes on to
+            # return this layer of its own.
+            layer = caller.f_locals["module_output"]
+            layer.__class__, layer.activation = SyncBatchNormAct, self.activation
+        return super().named_children()
+
+
+class SyncBatchNormAct(nn.SyncBatchNorm):
+    """``activation(nn.SyncBatchNorm(input))``: what PyTorch's conversion makes of a `BatchNormAct2d`."""
+
+    activation: str = "none"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return reference.activation(super().forward(input), self.activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..functional import _PLAIN_TYPES
 from .dispatch import HOOKS, activation_of, has_global_hooks, is_eager, is_known_type, known, takes_input, unhooked
+from .squeeze_excite import SqueezeExcitation
 from .steps import Shortcut, Step, make_step
-from .training import TrainingBlock, suggests_channels_last, training_parts
+from .training import TrainingBlock, suggests_channels_last, training_parts, why_not_trained
 
 
 class Links(NamedTuple):
@@ -206,6 +207,68 @@ class TrainingPlan(Plan):
 
     def whole(self, parts: list[Step]) -> Step | None:
         return parts[0].plus_input() if len(parts) == 1 and isinstance(parts[0], TrainingBlock) else None
+
+
+class TrainingPart(NamedTuple):
+    """One line of `training_report`: modules that run one after another in training on the CPU."""
+
+    modules: tuple[str, ...]
+    """as in ``model.named_modules()``, in the order of use"""
+    is_block: bool
+    """whether one function of autograd runs them"""
+    adds_input: bool
+    """whether that also adds the block's input"""
+    reason: str
+    """why a module is part of no block; empty for blocks"""
+
+
+def training_report(model: nn.Module) -> list[TrainingPart]:
+    """What would train as blocks if ``model`` were called now, and what module by module, and why.
+
+    That is on the CPU in float32 or float64, in eager mode without autocast; it depends on hooks, modes and frozen
+    parameters, which are looked at again at every call. Modules inside of those that are not known are reported too.
+
+    Args:
+        model: with layers of `mobilenet_fast.nn`, its own or by `replace_layers`.
+
+    Returns:
+        A line for each block, and for each layer outside of blocks that has parameters or a kernel.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"training_report: model must be an nn.Module, got {type(model).__name__}")
+    names = {id(module): name for name, module in model.named_modules()}
+    rows: list[TrainingPart] = []
+
+    def alone(module: nn.Module, reason: str) -> None:
+        if reason and (module._parameters or isinstance(module, SqueezeExcitation)):
+            rows.append(TrainingPart((names[id(module)],), False, False, reason))
+
+    def visit_parts(parts: list[Step]) -> None:
+        for part in parts:
+            if isinstance(part, TrainingBlock):
+                rows.append(TrainingPart(tuple(names[id(m)] for m in part.modules), True, part.adds_input, ""))
+            elif isinstance(part, Shortcut):
+                visit_parts([*part.first, part.last])
+            else:
+                for module in part.modules:
+                    visit(module, True)
+
+    def visit(module: nn.Module, in_chain: bool) -> None:
+        if isinstance(module, Chained) and "forward" not in vars(module) and (links := module.links()) is not None:
+            visit_parts(TrainingPlan(links).parts)
+        elif is_known_type(type(module)) and not isinstance(module, Chained):
+            alone(module, why_not_trained(module) if in_chain else "it is called by a module that is not known")
+        else:
+            if in_chain and not isinstance(module, Chained):
+                alone(module, why_not_trained(module))
+            for child in module.children():
+                visit(child, False)
+
+    visit(model, False)
+    return rows
 
 
 def _learns(chain: nn.Module, input: Tensor) -> bool:

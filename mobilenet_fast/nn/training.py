@@ -20,7 +20,7 @@ from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
 from .batch_norm_act import uses_running_statistics
 from .conv2d_same import Conv2dSame
 from .depthwise import is_depthwise
-from .dispatch import activation_name, is_known, takes_input
+from .dispatch import activation_name, is_known, takes_input, unhooked
 from .pointwise import is_pointwise
 from .squeeze_excite import SqueezeExcitation
 from .steps import Step, has_kernel, keeps_parameters, named_padding
@@ -127,6 +127,30 @@ class TrainingBlock(Step):
                 if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.dtype != x.dtype):
                     return False
         return True
+
+
+def why_not_trained(module: nn.Module) -> str:
+    """Why the module is part of no block, in words."""
+    kind = type(module)
+    if not unhooked(module):
+        return "a hook wants to see it called"
+    if isinstance(module, nn.Conv2d) and is_known(module, nn.Conv2d):
+        if module._parameters.get("bias") is not None:
+            return "it has a bias"
+        if is_depthwise(module) and module.out_channels != module.in_channels:
+            return "it has a channel multiplier"
+        if not (is_pointwise(module) or is_depthwise(module)):
+            return "it is neither depthwise nor 1x1"
+        if not has_kernel(module):
+            return "no kernel has its padding or its parameters"
+    elif is_known(module, nn.BatchNorm2d):
+        return "its activation has no kernel" if keeps_parameters(module) else "it keeps its parameters elsewhere"
+    elif is_known(module, SqueezeExcitation):
+        plain = module.kernel_parts() is not None
+        return "it stands before no 1x1 convolution" if plain else "it is not the usual one, or a part of it has a hook"
+    elif activation_name(module) is not None:
+        return "there is no convolution or norm before it"
+    return f"{kind.__name__} is not known"
 
 
 def run_block(stages: list[Stage | Gate], x: Tensor, adds_input: bool) -> Tensor:
