@@ -383,3 +383,30 @@ def test_opcheck():
         calls.append((ops.pointwise_conv2d_backward, (y, x, weight, *needed)))
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("given", ("float32", "lower", "float64"))
+def test_autocast(given, dtype, monkeypatch):
+    """Blocks err no more than PyTorch's layers do, and give what has their dtypes; float64 stays what it is."""
+    given = {"float32": torch.float32, "lower": dtype, "float64": torch.float64}[given]
+    module, x = inverted_residual(activation="silu"), image(dtype=given)
+    if given == torch.float64:
+        module.double()
+    stock, exact = copy.deepcopy(module), copy.deepcopy(module).double()
+    calls = []
+    with monkeypatch.context() as patch:
+        apply = training._Block.apply
+        patch.setattr(training._Block, "apply", lambda *a: (calls.append(a[0]), apply(*a))[1])
+        with torch.autocast("cpu", dtype):
+            actual = step(module, x)
+    assert len(calls) == (given != torch.float64)
+    with monkeypatch.context() as patch:
+        expected = step(plain(exact, patch), x.double())
+        with torch.autocast("cpu", dtype):
+            eager = step(plain(stock, patch), x)
+    for name, value in expected.items():
+        assert actual[name].dtype == eager[name].dtype, name
+        size = value.abs().max()
+        eager_error, error = ((result[name].double() - value).abs().max() for result in (eager, actual))
+        assert error <= eager_error + torch.finfo(dtype).eps * size, name

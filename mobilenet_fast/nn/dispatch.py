@@ -51,11 +51,13 @@ def is_known(module: nn.Module, layer: type) -> bool:
     return type(module) in _KNOWN_TYPES and isinstance(module, layer) and unhooked(module)
 
 
-def is_eager() -> bool:
-    """Whether calls are only run: nothing traces, exports, transforms, casts or counts what they do."""
+def is_eager(*, casts: bool = False) -> bool:
+    """Whether calls are only run: nothing traces, exports, transforms or counts what they do, or (unless ``casts``)
+    casts on the CPU.
+    """
     return not (
         torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
+        or (torch.is_autocast_enabled("cpu") and not casts)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None

@@ -51,10 +51,10 @@ class Chained(nn.Module):
         return x + input if adds_input else x
 
     def forward(self, input):
-        if is_eager() and type(input) in _PLAIN_TYPES and not has_global_hooks():
+        if is_eager(casts=True) and type(input) in _PLAIN_TYPES and not has_global_hooks():
             links = self.links()
-            if links is not None:
-                learns = _learns(self, input)
+            learns = _learns(self, input)
+            if links is not None and (learns or is_eager()):
                 name, kind = ("_training_plan", TrainingPlan) if learns else ("_plan", Plan)
                 plan = self.__dict__.get(name)
                 if plan is None or not plan.holds(links):

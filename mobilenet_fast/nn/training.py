@@ -106,12 +106,24 @@ class TrainingBlock(Step):
         return y if residual is None else y + residual
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.is_cpu and torch.is_autocast_enabled("cpu"):
+            return self._under_autocast(x, residual)
         if not self._takes(x):
             return self.plain(x, residual)
         is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
         y = run_block(self.stages, x.contiguous(memory_format=torch.channels_last), self.adds_input)
         if not is_channels_last and not any(map(suggests_channels_last, (x, *(conv.weight for conv in self.convs)))):
             y = y.contiguous()
+        return y if residual is None else y + residual
+
+    def _under_autocast(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """In float32, from and to the lower dtype: what lies between stays in the block."""
+        dtype = torch.get_autocast_dtype("cpu")
+        wide = x.float() if x.dtype == dtype else x
+        if wide.dtype != torch.float32 or not self._takes(wide):
+            return self.plain(x, residual)
+        with torch.autocast("cpu", enabled=False):
+            y = self(wide).to(dtype)
         return y if residual is None else y + residual
 
     def _takes(self, x: Tensor) -> bool:
