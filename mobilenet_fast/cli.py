@@ -10,7 +10,7 @@ import os
 import platform
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from importlib.metadata import version
 from importlib.resources import files
@@ -89,16 +89,18 @@ def complain(message: str):
     print(f"mobilenet_fast: {message}", file=sys.stderr)
 
 
-def with_progress(work: Callable, items: list) -> Iterator:
+def with_progress(work: Callable, items: Sequence, label: str = "", done: int = 0) -> Iterator:
     """``map(work, items)``, with a bar on a terminal's stderr if there are many items.
 
-    The bar is there only while ``work`` runs, as results are likely to be printed on the same terminal.
+    The bar is there only while ``work`` runs, as results are likely to be printed on the same terminal. It has the
+    label in front, and starts behind those that are ``done`` already.
     """
-    shown = len(items) >= 10 and sys.stderr.isatty()
-    for done, item in enumerate(items):
+    total = done + len(items)
+    shown = total >= 10 and sys.stderr.isatty()
+    for place, item in enumerate(items, done):
         if shown:
-            bar = "#" * (20 * done // len(items))
-            print(f"[{bar:<20}] {done}/{len(items)}", end="", file=sys.stderr, flush=True)
+            bar = "#" * (20 * place // total)
+            print(f"{label}[{bar:<20}] {place}/{total}", end="", file=sys.stderr, flush=True)
         try:
             result = work(item)
         finally:

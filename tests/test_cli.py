@@ -117,6 +117,13 @@ def test_progress_is_gone_whenever_a_result_is_printed(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_progress_goes_on_from_what_is_done(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(cli.with_progress(str, range(18, 20), "steps ", 18)) == ["18", "19"]
+    shown = capsys.readouterr().err
+    assert f"steps [{'#' * 18}  ] 18/20" in shown and f"steps [{'#' * 19} ] 19/20" in shown
+
+
 def test_progress_is_gone_after_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with pytest.raises(ZeroDivisionError):
