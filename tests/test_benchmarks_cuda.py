@@ -4,6 +4,9 @@ import csv
 import dataclasses
 import json
 import math
+import subprocess
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import fake_gpu
@@ -501,20 +504,36 @@ def test_all_steps_of_a_session_are_of_cases_and_peers():
         assert any(CUDA_PEERS[name].ours for name in step.peers)
 
 
+class Impatient(subprocess.Popen):
+    """Whose time is up when its tests have come to the one that waits."""
+
+    marker: Path
+
+    def wait(self, timeout=None):
+        while timeout == 100 and self.poll() is None:
+            if self.marker.exists():
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.02)
+        return super().wait(timeout)
+
+
 @pytest.mark.parametrize(
-    "body, seconds, status, summary",
+    "body, status, summary",
     [
-        ("assert 1", 100, "0", "1 passed"),
-        ("assert 0", 100, "1", "1 failed"),
-        ("time.sleep(60)", 5, "ended after 5 s", ""),
-        ("assert 0\n\n\ndef test_more():\n    time.sleep(60)", 20, "ended after 20 s", "1 failed"),
+        ("assert 1", "0", "1 passed"),
+        ("assert 0", "1", "1 failed"),
+        ("wait()", "ended after 100 s", ""),
+        ("assert 0\n\n\ndef test_more():\n    wait()", "ended after 100 s", "1 failed"),
     ],
 )
-def test_tests_of_a_session(body, seconds, status, summary, tmp_path):
-    file = tmp_path / "test_it.py"
-    file.write_text(f"import time\n\n\ndef test():\n    {body}\n")
-    found = gpu_session.run_tests("it", [str(file)], seconds, tmp_path, processes=1)
-    assert found["status"] == status and found["summary"].startswith(summary) and found["seconds"] < 60
+def test_tests_of_a_session(body, status, summary, tmp_path, monkeypatch):
+    file, marker = tmp_path / "test_it.py", tmp_path / "waits"
+    wait = f"import pathlib\nimport time\n\n\ndef wait():\n    pathlib.Path({str(marker)!r}).touch()\n    time.sleep(600)\n"
+    file.write_text(f"{wait}\n\ndef test():\n    {body}\n")
+    monkeypatch.setattr(Impatient, "marker", marker, raising=False)
+    monkeypatch.setattr(gpu_session.subprocess, "Popen", Impatient)
+    found = gpu_session.run_tests("it", [str(file)], 100, tmp_path, processes=1)
+    assert found["status"] == status and found["summary"].startswith(summary)
     assert bool(found["failures"]) == body.startswith("assert 0")
 
 
