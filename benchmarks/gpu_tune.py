@@ -97,6 +97,7 @@ def depthwise_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.Pat
                 if each and block_c <= 2 * channels:
                     yield made(tile.rows, tile.columns, block_c, warps, each)
     for rows, columns in ((2, 2), (4, 1), (4, 2), (7, 1), (7, 2)):
+        columns = 1 if tiles.is_large(kernel) else columns
         yield made(min(rows, height), min(columns, width), tile.channels, tile.warps)
 
 
@@ -200,13 +201,13 @@ def shorten(tile: Any) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """A step with a tile, which `tiles.py` keeps by ``key`` if it turns out to be the fastest."""
+    """A step with a tile, which `tiles.py` keeps by ``keys``, one a launch, if it turns out to be the fastest."""
 
     row: int
     step: Any
     tile: Any
     is_default: bool
-    key: str | None
+    keys: tuple[str, ...]
     call: Callable[[], Any]
 
 
@@ -232,8 +233,8 @@ def steps_with_tiles(plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool) -> I
         if not step.kernel:
             continue
         tile = default[0] if default else None
-        key = tiles.tuned_key(function, asked[0]) if len(asked) == 1 else None
-        yield Trial(row, step, tile, True, key, lambda step=step: step.run(values))
+        keys = tuple(tiles.tuned_key(function, arguments) for arguments in asked)
+        yield Trial(row, step, tile, True, keys, lambda step=step: step.run(values))
         if not sweep or choice is None or repr(asked) in seen:
             continue
         seen.add(repr(asked))
@@ -243,7 +244,7 @@ def steps_with_tiles(plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool) -> I
                 continue
             tried.add(variant)
             with mock.patch.object(module, function, lambda *args, variant=variant: variant):
-                yield Trial(row, step, variant, False, key, lambda step=step: step.run(values))
+                yield Trial(row, step, variant, False, keys, lambda step=step: step.run(values))
 
 
 def measure_us(call: Callable[[], Any], runs: int = 5) -> float:
@@ -297,16 +298,16 @@ def timings_of(model: str, batch: int, dtype: torch.dtype, way: str, sweep: bool
 
 def faster_tiles(timed: list[tuple[Trial, Timing]]) -> dict[str, Any]:
     """By key, tiles that take at least 3 % less time than those that were chosen."""
-    by_key: dict[str, list[tuple[Trial, Timing]]] = {}
+    by_keys: dict[tuple[str, ...], list[tuple[Trial, Timing]]] = {}
     for trial, timing in timed:
-        if trial.key is not None and timing.us is not None:
-            by_key.setdefault(trial.key, []).append((trial, timing))
+        if timing.us is not None:
+            by_keys.setdefault(trial.keys, []).append((trial, timing))
     found = {}
-    for key, tried in by_key.items():
+    for keys, tried in by_keys.items():
         chosen = [timing.us for trial, timing in tried if trial.is_default]
         trial, timing = min(tried, key=lambda pair: pair[1].us)
         if chosen and timing.us < 0.97 * min(chosen):
-            found[key] = trial.tile
+            found |= dict.fromkeys(keys, trial.tile)
     return found
 
 

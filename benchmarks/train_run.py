@@ -178,7 +178,8 @@ class Run:
 
 def end_with_parent() -> None:
     """However the command is killed that started it, a run ends too: it would write beside the next one."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @command_line

@@ -1,11 +1,11 @@
 """What PyTorch must know of the operators that `_C` defines: their kernels for CUDA, shapes and strides for tracing,
 gradients, and autocast.
 
-depthwise_conv2d and batch_norm_act have kernels for their gradients, on the CPU all four. These are operators as well,
-so that compiled backward passes see them; they compute again what the activation was applied to. The gradients of the
-others are those of the reference, which the backward pass computes again. Second derivatives go
-through the reference everywhere: a backward pass that is to be differentiated (``create_graph=True``) uses it. All of
-them add in the same order each time.
+All operations have kernels for their gradients on the CPU, on CUDA depthwise_conv2d and batch_norm_act. These are
+operators as well, so that compiled backward passes see them; they compute again what the activation was applied to. The
+gradients of the others are those of the reference, which the backward pass computes again. Second derivatives go
+through the reference everywhere: a backward pass that is to be differentiated (``create_graph=True``) uses it. Kernels
+add in the same order each time.
 """
 
 from __future__ import annotations

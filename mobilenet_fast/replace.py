@@ -50,7 +50,7 @@ def replace_layers(
     Replaced are depthwise and 1x1 `nn.Conv2d`, `nn.BatchNorm2d`, and `nn.Sequential` with any subclass that leaves
     its forward alone (it becomes a `FusedSequential`, which runs convolution, batch norm and activation as one kernel
     call); torchvision's `SqueezeExcitation`; timm's `BatchNormAct2d`, `Conv2dSame`, `SqueezeExcite` and `SEModule`; the
-    blocks of both's EfficientNets and MobileNets. What gains is inference under `torch.no_grad` or
+    blocks of both's EfficientNets and MobileNets, and timm's Xception. What gains is inference under `torch.no_grad` or
     `torch.inference_mode` on tensors that `mobilenet_fast.functional` has kernels for, and training: on the CPU in
     float32 and float64, of whole blocks, in time and memory; on GPUs that of depthwise convolutions. Other training,
     other devices and export run as before.
@@ -260,6 +260,7 @@ _BLOCKS = {
     "torchvision.models.mnasnet._InvertedResidual": (("layers",), "apply_residual", None),
     "torchvision.models.mobilenetv2.InvertedResidual": (("conv",), "use_res_connect", None),
     "torchvision.models.mobilenetv3.InvertedResidual": (("block",), "use_res_connect", None),
+    "timm.models.xception.SeparableConv2d": (("conv1", "pointwise"), None, None),
     "timm.layers.conv_bn_act.ConvNormAct": (("conv", "bn", "aa"), None, None),
     "timm.models._efficientnet_blocks.ConvBnAct": (("conv", "bn1", "aa"), "has_skip", "drop_path"),
     "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (

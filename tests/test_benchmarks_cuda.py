@@ -528,8 +528,9 @@ class Impatient(subprocess.Popen):
 )
 def test_tests_of_a_session(body, status, summary, tmp_path, monkeypatch):
     file, marker = tmp_path / "test_it.py", tmp_path / "waits"
-    wait = f"import pathlib\nimport time\n\n\ndef wait():\n    pathlib.Path({str(marker)!r}).touch()\n    time.sleep(600)\n"
-    file.write_text(f"{wait}\n\ndef test():\n    {body}\n")
+    imports = "import pathlib\nimport time\n"
+    wait = f"def wait():\n    pathlib.Path({str(marker)!r}).touch()\n    time.sleep(600)\n"
+    file.write_text(f"{imports}\n\n{wait}\n\ndef test():\n    {body}\n")
     monkeypatch.setattr(Impatient, "marker", marker, raising=False)
     monkeypatch.setattr(gpu_session.subprocess, "Popen", Impatient)
     found = gpu_session.run_tests("it", [str(file)], 100, tmp_path, processes=1)

@@ -1,5 +1,6 @@
 """``python -m benchmarks.gpu_tune`` as far as it goes without a GPU."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -96,10 +97,18 @@ def test_faster_tiles_are_kept_for_this_chip(plan, monkeypatch, tmp_path):
         after = chosen()
         changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
         assert changed and {new for _, new in changed} <= set(kept.values())
-        tiles.tuned_path().write_text("{")
-        tiles._tuned.cache_clear()
-        with pytest.warns(UserWarning, match="tiles.json is not read"):
-            assert chosen() == before
+        file = tiles.tuned_path()
+        kept = json.loads(file.read_text())
+        of_another = {key: [{**tile, "rows": 0, "pixels": 0}, digest] for key, (tile, digest) in kept.items()}
+        for text in ("{", "5", "[1]", '{"a": 3}', json.dumps(of_another)):
+            file.write_text(text)
+            tiles._tuned.cache_clear()
+            with pytest.warns(UserWarning, match="tiles.json"):
+                assert chosen() == before
+            if text != json.dumps(of_another):
+                with pytest.raises(ValueError, match="tiles.json can't be added to: .*; remove it"):
+                    tiles.keep_tuned({})
+                assert file.read_text() == text
     finally:
         monkeypatch.undo()
         tiles._tuned.cache_clear()

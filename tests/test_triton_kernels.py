@@ -180,6 +180,7 @@ LARGE = [
     {"kernel": (13, 5), "layout": "channels_last", "channels": 3, "map_size": (9, 8), "dilation": (1, 2)},
     {"kernel": (11, 11), "layout": "contiguous", "dtype": torch.bfloat16, "multiplier": 2, "map_size": (7, 8)},
 ]
+SIDES = (0, 7, 2, 5), (3, 4, 3, 4), (8, 0, 1, 1)  # padding of the four sides
 
 
 @pytest.mark.parametrize("case", LARGE, ids=case_id)
@@ -197,6 +198,35 @@ def test_large_depthwise_filters(case):
             if need:
                 assert got.dtype == input.dtype
                 tolerance.assert_close(got.cpu(), wanted, 200, wanted.abs().max())
+
+
+@pytest.mark.parametrize("padding", SIDES)
+@pytest.mark.parametrize("stride", (1, 3))
+def test_gradients_of_large_filters_with_four_paddings(padding, stride):
+    input, weight = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 14, 13), (3, 1, 8, 8)))
+    leaves = [t.clone().requires_grad_() for t in (input, weight)]
+    top, bottom, left, right = padding
+    output = F.conv2d(F.pad(leaves[0], (left, right, top, bottom)), leaves[1], None, stride, groups=3)
+    grad = torch.randn_like(output)
+    found = run("depthwise_conv2d_backward", (grad, input, weight, (stride, stride), (top, left), (1, 1)))
+    for got, wanted in zip(found, torch.autograd.grad(output, leaves, grad), strict=True):
+        tolerance.assert_close(got.cpu(), wanted, 200, wanted.abs().max())
+
+
+def test_training_of_strided_statistics():
+    memory = torch.zeros(2, 12, dtype=torch.float64)
+    statistics = [t.clone() for t in memory[:, ::3]]
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64) + 1
+    F.batch_norm(x, *statistics, training=True, momentum=0.3)
+    args = on_device((x, *memory[:, ::3], None, None, 0.3, 1e-5, "none"))
+    triton_kernels.batch_norm_act_training(*args)
+    for moved, wanted in zip(args[1:3], statistics, strict=True):
+        torch.testing.assert_close(moved.cpu(), wanted)
+        assert moved.untyped_storage().nbytes() and moved.cpu().count_nonzero() == 4
+    if DEVICE == "cpu":
+        assert memory.count_nonzero() == 8
+    with pytest.raises(ValueError, match="batch_norm_act_training: momentum None needs num_batches_tracked, got None"):
+        triton_kernels.batch_norm_act_training(*args[:5], None, 1e-5, "none")
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))

@@ -332,6 +332,10 @@ def batch_norm_act_training(
     channel_blocks = tile.channel_blocks(channels)
     parts = _parts(input, tile, images, pixels, channel_blocks)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("batch_norm_act_training: momentum None needs num_batches_tracked, got None")
+    statistics = [None if t is None else t.contiguous() for t in (running_mean, running_var)]
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if input.numel() == 0:  # which moves no statistics
         mean, rstd = torch.zeros((2, channels), dtype=dtype, device=input.device)
         return torch.empty_like(input), mean, rstd
@@ -349,7 +353,7 @@ def batch_norm_act_training(
             num_warps=tile.warps,
         )
         _merge_statistics[(triton.cdiv(channels, 32),)](
-            *(means, squares, counts, mean, rstd, running_mean, running_var),
+            *(means, squares, counts, mean, rstd, *statistics),
             None if momentum is not None else num_batches_tracked,
             *(parts, channels, images * pixels),
             EPS=eps,
@@ -357,6 +361,9 @@ def batch_norm_act_training(
             BLOCK_PARTS=32,
             BLOCK_C=32,
         )
+    for given, moved in zip((running_mean, running_var), statistics, strict=True):
+        if moved is not given:
+            given.copy_(moved)
     return _normalise(input, mean, rstd, weight, bias, eps, activation, variance=False), mean, rstd
 
 

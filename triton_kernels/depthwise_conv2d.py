@@ -155,6 +155,7 @@ def _forward(
     filter_ptr = weight_ptr + channel * WEIGHT_CHANNEL_STRIDE
     wait_for_inputs(DEPENDENT)
     if LOOP:  # of a large filter: its columns one after another, each of which meets the patch's only one
+        tl.static_assert(COLUMNS == 1)
         for kx in range(KERNEL_W):
             dx = kx * DILATION_W
             columns_inside = within(x_column + dx, width)
@@ -446,8 +447,8 @@ def depthwise_conv2d_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of ``F.conv2d(input, weight, None, stride, padding, dilation, groups=C)`` for those that are needed.
 
-    Weight's is summed in the same order each time, on the same chip. Those of large filters are PyTorch's: a thread has
-    no room for a sum a tap.
+    Weight's is summed in the same order each time, on the same chip. Those of large filters are PyTorch's, as a thread
+    has no room for a sum a tap: their order is cuDNN's.
     """
     (kernel_h, kernel_w), (batch, channels, height, width) = weight.shape[2:], input.shape
     multiplier = weight.shape[0] // channels
@@ -497,15 +498,20 @@ def depthwise_conv2d_backward(
 
 
 def _large_backward(grad_output, input, weight, geometry, needed):
+    """PyTorch's, without padding, of the part of the image that the outputs see and zeros around it."""
+    stride, before, dilation = geometry
+    pads = []
+    for side in (1, 0):  # of the last dimension first, as F.pad wants them
+        seen = (grad_output.shape[2 + side] - 1) * stride[side] + (weight.shape[2 + side] - 1) * dilation[side] + 1
+        pads += [before[side], seen - before[side] - input.shape[2 + side]]
     dtype = input.dtype if input.is_cuda else torch.promote_types(input.dtype, torch.float32)  # what PyTorch has on CPU
-    operands = [tensor.to(dtype) for tensor in (grad_output, input, weight)]
-    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
-    try:
-        of_input, of_weight, _ = torch.ops.aten.convolution_backward(
-            *operands, None, *geometry, False, [0, 0], input.size(1), [*needed, False]
-        )
-    finally:
-        torch.backends.cudnn.deterministic = before
+    seen = torch.nn.functional.pad(input.to(dtype), pads)
+    of_seen, of_weight, _ = torch.ops.aten.convolution_backward(
+        *(grad_output.to(dtype), seen, weight.to(dtype)),
+        *(None, stride, (0, 0), dilation, False, (0, 0), input.size(1), [*needed, False]),
+    )
+    of_input = None
     if needed[0]:
+        of_input = torch.nn.functional.pad(of_seen, [-pad for pad in pads])
         of_input = of_input.to(input.dtype, memory_format=output_format(input, weight))
     return of_input, of_weight.to(weight.dtype).contiguous() if needed[1] else None

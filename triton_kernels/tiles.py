@@ -7,7 +7,9 @@ The rules come from counting (bytes a load, sectors of 32 bytes, registers), and
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 import json
 import os
 import warnings
@@ -61,26 +63,60 @@ def tuned_key(function: str, arguments: tuple) -> str:
     return json.dumps([triton.__version__, chip.name, function, *rest])
 
 
+def _digest(key: str, fields: dict) -> str:
+    """Of a tile as this version of the rules wrote it: whatever else is in the file might not be one."""
+    return hashlib.sha256(json.dumps([_rules(), key, fields]).encode()).hexdigest()
+
+
+@functools.cache
+def _rules() -> str:
+    return Path(__file__).read_text()
+
+
 @functools.lru_cache(1)
 def _tuned() -> dict[str, dict]:
+    """Fields of tiles by `tuned_key`."""
     path = tuned_path()
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
+        entries = _read(path)
     except (OSError, ValueError) as error:
         warnings.warn(f"mobilenet_fast: {path} is not read: {error}", stacklevel=2)
         return {}
+    good = {key: tile for key, (tile, digest) in entries.items() if digest == _digest(key, tile)}
+    if len(good) < len(entries):
+        others = len(entries) - len(good)
+        warnings.warn(f"mobilenet_fast: {others} tiles of {path} are of another version and not used", stacklevel=2)
+    return good
+
+
+def _read(path: Path) -> dict[str, tuple[Any, Any]]:
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict) or not all(isinstance(v, list) and len(v) == 2 for v in found.values()):
+        raise ValueError("it is no file of tiles")
+    return found
 
 
 def keep_tuned(found: dict[str, Any]) -> None:
-    """Adds tiles by `tuned_key` to the file; programs that run already do not look again, but this one."""
+    """Adds tiles by `tuned_key` to the file; programs that run already do not look again, but this one.
+
+    Raises:
+        ValueError: there is a file that is none of tiles; it stays.
+    """
     path = tuned_path()
-    _tuned.cache_clear()
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f"{path.name}.{os.getpid()}")
-    written.write_text(json.dumps(_tuned() | {key: asdict(tile) for key, tile in found.items()}, indent=1))
-    written.replace(path)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            entries = _read(path)
+        except ValueError as error:
+            raise ValueError(f"mobilenet_fast: {path} can't be added to: {error}; remove it") from None
+        for key, tile in found.items():
+            entries[key] = [asdict(tile), _digest(key, asdict(tile))]
+        written = path.with_name(f"{path.name}.new")
+        written.write_text(json.dumps(entries, indent=1))
+        written.replace(path)
     _tuned.cache_clear()
 
 

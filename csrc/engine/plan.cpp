@@ -73,12 +73,12 @@ void run_steps(const Work& work, const Steps& steps, double* seconds) {
 
 Memory allocate(size_t bytes) {
   constexpr size_t kLine = 64, kHugePage = size_t{2} << 20;
-  const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
-  bytes = (bytes + alignment - 1) / alignment * alignment;
-  Memory memory(static_cast<char*>(std::aligned_alloc(alignment, bytes)));
-  if (memory == nullptr) throw std::bad_alloc();
+  const size_t huge = bytes / kHugePage * kHugePage;  // of what is left, a huge page would be mostly waste
+  void* data = nullptr;
+  if (posix_memalign(&data, huge > 0 ? kHugePage : kLine, bytes) != 0) throw std::bad_alloc();
+  Memory memory(static_cast<char*>(data));
 #if defined(MADV_HUGEPAGE)
-  if (alignment == kHugePage) madvise(memory.get(), bytes, MADV_HUGEPAGE);  // advice: a refusal costs speed only
+  if (huge > 0) madvise(data, huge, MADV_HUGEPAGE);  // advice: a refusal costs speed only
 #endif
   return memory;
 }

@@ -202,7 +202,7 @@ at::Tensor batch_norm_gradient_sums(const GradientAt& gradient, const at::Tensor
     });
     merge_sums(all, groups, 2 * c, {0, 2 * c}, all);
   });
-  return sums.select(0, 0);
+  return sums.select(0, 0).clone();  // the rest goes
 }
 
 at::Tensor batch_norm_gradient(const GradientAt& gradient) {

@@ -17,6 +17,15 @@ int64_t block_pixels(int64_t values) {
 // for them, and images are small against the products: these then are the BLAS library's, of whole images.
 constexpr int64_t kManyWeights = 128 * 1024;
 
+// PyTorch's is MKL on x86, which on other makes' processors is no faster than these kernels where they wait.
+bool library_is_fast() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 template <class T>
 class PointwiseForward final : public Step {
  public:
@@ -337,7 +346,7 @@ ConvGradients pointwise_conv2d_gradients(const GradientAt& gradient, const at::T
   const std::vector<int64_t> out_sizes = {n, k, x.size(2), x.size(3)};
   TORCH_CHECK_VALUE(gradient.grad.sizes() == at::IntArrayRef(out_sizes), kName, ": grad must be the output's ",
                     shape_string(out_sizes), ", got ", shape_string(gradient.grad.sizes()));
-  if (c * k >= kManyWeights) {
+  if (c * k >= kManyWeights && library_is_fast()) {
     return gradients_of_images(gradient, x, read, mean, weight.contiguous(), need_input, need_weight, added);
   }
   ConvGradients result;
@@ -348,15 +357,16 @@ ConvGradients pointwise_conv2d_gradients(const GradientAt& gradient, const at::T
     PointwiseBackward<decltype(zero)> step(isa, {n, x.size(2), x.size(3), c}, k, packed, gradient, read, mean,
                                            need_input, need_weight, added.has_value());
     PointwiseSums sums;
-    if (need_weight) sums.weight = at::empty({step.groups(), c, k}, x.options());
+    if (need_weight) sums.weight = empty_for_now(step.groups() * c * k, x);
     if (need_input && mean.has_value()) sums.norm = at::empty({step.groups(), 2, c}, x.options());
     if (need_input && read.gate.has_value()) sums.gate = at::empty({n, step.parts(), c}, x.options());
     step.set_sums(sums);
     run_step(step, {buffer_of(gradient.grad), gradient.y.has_value() ? buffer_of(*gradient.y) : Buffer{}, buffer_of(x),
                     need_input ? buffer_of(result.input) : Buffer{}, added.has_value() ? buffer_of(*added) : Buffer{}});
     if (need_weight) {
-      const at::Tensor sum = sums.weight.select(0, 0);
-      result.weight = (k >= c ? sum.reshape({c, k}).t() : sum.reshape({k, c})).contiguous().view_as(weight);
+      const at::Tensor sum = sums.weight.narrow(0, 0, c * k);  // of all groups: a copy, for it would keep theirs
+      result.weight = at::empty(weight.sizes(), x.options().requires_grad(false));
+      result.weight.view({k, c}).copy_(k >= c ? sum.view({c, k}).t() : sum.view({k, c}));
     }
     if (sums.norm.defined()) result.sums = sums.norm.select(0, 0).clone();
     if (sums.gate.defined()) result.gate = sums.gate.sum(1);

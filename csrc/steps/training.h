@@ -32,9 +32,11 @@ void check_gradient(const char* operation, const GradientAt& gradient);
 bool is_dense_channels_last(const at::Tensor& image);
 
 // An image, not initialised. Large ones lie in memory that is kept when they are dropped, since training makes the same
-// ones anew at every step, and pages that the system has to clear first cost as much as a pass over them. What is in
-// use and what is kept never exceed what was in use at most by more than an eighth.
+// ones anew at every step, and pages that the system has to clear first cost as much as a pass over them. It is no more
+// than the most that was in use at once, and what lies between blocks that are.
 at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::Tensor& like);
+// Elements in such memory.
+at::Tensor empty_for_now(int64_t elements, const at::Tensor& like);
 // Gives the memory that is kept back to the system.
 void release_images();
 

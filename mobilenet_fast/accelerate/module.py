@@ -469,11 +469,13 @@ def _one_precision() -> Iterator[None]:
         _ = cudnn.allow_tf32
     except RuntimeError:
         before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-        cudnn.allow_tf32 = True
+        with torch.backends.__allow_nonbracketed_mutation():
+            cudnn.allow_tf32 = True
         try:
             yield
         finally:
-            cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
+            with torch.backends.__allow_nonbracketed_mutation():
+                cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
     else:
         yield
 

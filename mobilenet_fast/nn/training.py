@@ -197,11 +197,8 @@ def training_parts(modules: list[nn.Module | Step]) -> list[Step]:
         else:
             if isinstance(stage, Stage) and stage.conv is None and stages:
                 close()
-            filters = any(isinstance(s, Stage) and s.conv is not None and not s.is_pointwise for s in stages)
             stages.append(stage)
             used += modules[position:end]
-            if filters and isinstance(stage, Stage) and stage.is_pointwise:
-                close()
         position = end
     close()
     return parts
@@ -298,6 +295,8 @@ class _Block(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # this pass is to be differentiated in turn
             return None, None, *_differentiable_gradients(ctx, needed, grad, x, parameters, tensors)
+        # What is kept goes stage by stage, unless the graph is to be used again.
+        ctx.maybe_clear_saved_tensors()
         grad = grad.contiguous(memory_format=torch.channels_last)
         by_batch = list(ctx.by_batch)
         grads: list[Tensor | None] = [None] * count
@@ -321,24 +320,24 @@ class _Block(torch.autograd.Function):
                 readings.append(Reading(y, folded, stage.activation))
                 tensors = tensors[2:]
 
+        x = y = folded = tensors = None
         position = count
         added = grad if ctx.adds_input else None
-        pooled = sums = None  # the gradient that comes by way of the gate; the sums for a norm, if they are known
+        gate = pooled = None  # a gate behind the stage, and the gradient that comes by way of it
+        sums = None  # those for a norm, if they are known
         applied = False  # whether grad is already that at the activation's input
         for i in reversed(range(len(stages))):
-            stage, output = stages[i], readings[i + 1]
+            stage, output, mine = stages[i], readings.pop(), kept.pop()
             position -= len(operands[i])
             wanted = needed[1 + position : 1 + position + len(operands[i])]
             if isinstance(stage, Gate):
+                gate = output.gate
                 if pooled is None:  # nothing behind the gate has found its gradient
-                    pooled = _ops.batch_norm_pixel_sums(*readings[i][:3], grad)
-                pooled, found = _excite_backward(stage, kept[i], pooled, operands[i], readings[i].x)
+                    pooled = _ops.batch_norm_pixel_sums(*output[:3], grad)
+                pooled, found = _excite_backward(stage, mine, pooled, operands[i], output.x)
                 grads[position : position + 4] = [g if w else None for g, w in zip(found, wanted, strict=True)]
                 continue
-            norm: Normalised | None = kept[i]
-            gate = None
-            if pooled is not None:
-                gate = readings[i + 2].gate
+            norm: Normalised | None = mine
             behind = (None, "none", None, None) if applied else (output.folded, output.activation, gate, pooled)
             coefficients = None
             if norm is not None:
@@ -348,8 +347,8 @@ class _Block(torch.autograd.Function):
                 coefficients, grad_gamma = _norm_coefficients(norm, gamma, sums, output.x)
                 grads[position + 1] = grad_gamma if wanted[1] else None
                 grads[position + 2] = sums[0] if wanted[2] else None
-            pooled = sums = None
-            before, first = readings[i], i == 0
+            gate = pooled = sums = None
+            before, first = readings[-1], i == 0
             need_input = needed[0] if first else True
             if stage.conv is None:
                 if need_input and not (applied and norm is None):
@@ -371,6 +370,7 @@ class _Block(torch.autograd.Function):
                 )
             if not wanted[0]:
                 grads[position] = None
+            del at_y
             applied = before.gate is None
             sums = None if mean is None else sums
             pooled = None if before.gate is None else pooled
