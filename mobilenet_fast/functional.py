@@ -11,7 +11,7 @@ by at most 4 · n · eps times the sum of its terms' magnitudes. silu and sigmoi
 6e-16 (float64) of their value. On GPUs, float32 products of 1x1 convolutions are rounded to TF32 where
 ``torch.backends.cudnn.conv.fp32_precision`` lets PyTorch's own be.
 
-**Gradients.** On the CPU all have kernels for theirs, on GPUs `depthwise_conv2d` (of up to 49 taps: others' are cuDNN's)
+**Gradients.** On the CPU all have kernels for theirs, on GPUs `depthwise_conv2d` (of up to 49 taps; of more, cuDNN's)
 and `batch_norm_act`; those of the others, and second derivatives, come from the reference, which is computed again.
 Kernels' gradients are deterministic, and on the CPU do not depend on the number of threads.
 

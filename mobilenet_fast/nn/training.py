@@ -174,8 +174,7 @@ def run_block(stages: list[Stage | Gate], x: Tensor, adds_input: bool) -> Tensor
 def training_parts(modules: list[nn.Module | Step]) -> list[Step]:
     """Blocks of as many modules as one function can run, and between them those that it can't.
 
-    A block ends behind a 1x1 convolution that a depthwise one goes before: as inverted residuals do, and separable
-    convolutions.
+    A norm or an activation that follows no convolution begins a block: what it reads is kept in any case.
     """
     parts: list[Step] = []
     stages: list[Stage | Gate] = []
