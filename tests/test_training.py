@@ -410,3 +410,15 @@ def test_autocast(given, dtype, monkeypatch):
         size = value.abs().max()
         eager_error, error = ((result[name].double() - value).abs().max() for result in (eager, actual))
         assert error <= eager_error + torch.finfo(dtype).eps * size, name
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("kind", ("residual", "norm"))
+def test_dtypes_under_autocast(kind, dtype, monkeypatch):
+    module = fast.InvertedResidual(8, 24, 8)
+    if kind == "norm":
+        module = fast.FusedSequential(nn.BatchNorm2d(8), nn.ReLU())
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = module(image(dtype=dtype))
+        with monkeypatch.context() as patch:
+            assert actual.dtype == plain(module, patch)(image(dtype=dtype)).dtype

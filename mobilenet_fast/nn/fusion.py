@@ -34,9 +34,10 @@ class Chained(nn.Module):
 
     That is in eager mode, for tensors that `mobilenet_fast.functional` has kernels for, and with modules that have no
     hooks. Where no gradient is needed and batch norm uses its running statistics, a convolution with what follows is
-    one call. Where gradients are needed, on the CPU, a block up to the 1x1 convolution behind a depthwise one is one
-    function of autograd, which keeps what its convolutions gave and no more. Everything else, autocast among it, runs
-    module by module. Chains in chains become one, which works on channels_last tensors whatever it takes and gives.
+    one call. Where gradients are needed, on the CPU, neighbouring depthwise and 1x1 convolutions, batch norms and
+    activations are one function of autograd, which keeps what its convolutions gave and no more, in float32 under
+    autocast. Everything else, inference under autocast among it, runs module by module. Chains in chains become one,
+    which works on channels_last tensors whatever it takes and gives.
     """
 
     def links(self) -> Links | None:
@@ -69,7 +70,7 @@ class FusedSequential(Chained, nn.Sequential):
     """An `nn.Sequential` that runs neighbouring convolution (depthwise or 1x1), batch norm and activation as one
     kernel call, and whatever it finds of these in the `FusedSequential`s and blocks inside it.
 
-    It does so as `Chained` says, and runs everything else, autocast among it, child after child. In half precision on
+    It does so as `Chained` says, and runs everything else child after child. In half precision on
     GPUs, batch norms may keep their parameters and statistics in float32.
 
     Args:
@@ -225,7 +226,7 @@ class TrainingPart(NamedTuple):
 def training_report(model: nn.Module) -> list[TrainingPart]:
     """What would train as blocks if ``model`` were called now, and what module by module, and why.
 
-    That is on the CPU in float32 or float64, in eager mode without autocast; it depends on hooks, modes and frozen
+    That is on the CPU in float32 or float64, in eager mode; it depends on hooks, modes and frozen
     parameters, which are looked at again at every call. Modules inside of those that are not known are reported too.
 
     Args:

@@ -122,6 +122,8 @@ class TrainingBlock(Step):
         wide = x.float() if x.dtype == dtype else x
         if wide.dtype != torch.float32 or not self._takes(wide):
             return self.plain(x, residual)
+        if self.adds_input or not self.convs:  # sums have the wider dtype, norms the input's
+            dtype = x.dtype
         with torch.autocast("cpu", enabled=False):
             y = self(wide).to(dtype)
         return y if residual is None else y + residual
