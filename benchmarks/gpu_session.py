@@ -92,7 +92,10 @@ def run_tests(name: str, arguments: list[str], seconds: float, out: Path, proces
     many processes, or one a core, up to twelve.
     """
     log = out / f"tests-{name}.txt"
-    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", "--maxfail=25"]
+    # Of a session in the background, children would ignore the signal that ends them.
+    start = "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "-v", "-rfE", "-p", "no:cacheprovider", "--maxfail=25"]
     command += ["--continue-on-collection-errors", *arguments]
     processes = processes or min(12, len(os.sched_getaffinity(0)))
     if processes > 1 and version("pytest-xdist"):  # the compiler takes longer than the GPU
