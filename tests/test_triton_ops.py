@@ -483,10 +483,14 @@ def test_half_precision_layers_with_float32_norms(dtype, triton_operators, calls
 
 def test_depthwise_layers_learn_by_kernels(triton_operators, calls, monkeypatch):
     """Training on CUDA: depthwise convolutions through the operator, other layers as PyTorch's."""
-    from mobilenet_fast.nn import depthwise, dispatch
+    from mobilenet_fast.nn import depthwise, dispatch, pointwise, training
 
-    def serve(input, *operands, norm=(), learns_on_cuda=False):
-        return dispatch.takes_operands(input, operands, norm, learns=learns_on_cuda) and dispatch.takes_input(input)
+    # What is on the CPU for other reasons than this test's.
+    monkeypatch.setattr(training.TrainingBlock, "_takes", lambda self, x: False)
+    monkeypatch.setattr(pointwise, "kernels_serve", lambda *args, **kwargs: False)
+
+    def serve(input, *operands, norm=(), learns=False):
+        return dispatch.takes_operands(input, operands, norm, learns=learns) and dispatch.takes_input(input)
 
     monkeypatch.setattr(depthwise, "kernels_serve", serve)
     model, results = network().double(), []
@@ -497,15 +501,16 @@ def test_depthwise_layers_learn_by_kernels(triton_operators, calls, monkeypatch)
         run(x).square().sum().backward()
         results.append([x.grad, *(p.grad for p in model.parameters())])
         if run is model:
-            assert calls == ["depthwise_conv2d"] * 2 + ["depthwise_conv2d_backward"] * 2
+            assert calls == ["depthwise_conv2d"] * 3 + ["depthwise_conv2d_backward"] * 3
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
 
 
 def in_pytorch_depthwise(model, x, monkeypatch):
-    from mobilenet_fast.nn import depthwise
+    from mobilenet_fast.nn import conv2d_same, depthwise
 
-    monkeypatch.setattr(depthwise, "kernels_serve", lambda *args, **kwargs: False)
+    for layer in (conv2d_same, depthwise):
+        monkeypatch.setattr(layer, "kernels_serve", lambda *args, **kwargs: False)
     return model(x)
 
 
