@@ -198,6 +198,7 @@ def layers(dtype: torch.dtype, channels_last: bool, full: bool = True) -> Iterat
         yield label, lambda x=x: triton_kernels.global_avg_pool(x, out=image(*x.shape[:2], 1, 1))
         w = vector(c // 4, c, 1, 1)
         yield label, lambda x=x, w=w: triton_kernels.squeeze_excite(x, w, None, w.reshape(-1, len(w), 1, 1), None)
+        yield label, lambda x=x: triton_kernels.sums_of_products(x, x)
     for c, k, size, kernel, s in (
         (3, 16, 224, (3, 3), 2),
         (3, 32, 224, (3, 3), 2),

@@ -102,7 +102,7 @@ def plus(bias: Tensor | None, image: Tensor) -> Tensor:
     return torch.stack((one, torch.zeros_like(one) if bias is None else bias))
 
 
-def squeeze_excite_gradients(
+def squeeze_excite_backward(
     grad_output: Tensor,
     input: Tensor,
     weight1: Tensor,

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
@@ -161,6 +162,56 @@ def depthwise_conv2d_backward(
     return [grad for grad in grads if grad is not None]
 
 
+def pointwise_conv2d_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, need_input: bool, need_weight: bool
+) -> list[Tensor]:
+    """Gradients of ``F.conv2d(input, weight)``: of input and weight, those that are needed. They are cuDNN's."""
+    geometry = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    of_input, of_weight, _ = torch.ops.aten.convolution_backward(
+        grad_output, input, weight, None, *geometry, [need_input, need_weight, False]
+    )
+    grads = []
+    if need_input:
+        grads.append(of_input.contiguous(memory_format=_conv_format(input, weight)))
+    if need_weight:
+        grads.append(of_weight.contiguous())
+    return grads
+
+
+def squeeze_excite_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    squeeze_activation: str,
+    gate_activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `squeeze_excite`: of input, weights and biases.
+
+    Two passes of Triton kernels, and between them the layers of (N, C) in PyTorch, in float32 (float64 for float64).
+    """
+    kernels = _kernels("squeeze_excite_backward", input)
+    pixels = max(1, input.size(2) * input.size(3))
+    sums, products = kernels.sums_of_products(input, grad_output)
+    mean, of_gate = sums.sum(1) / pixels, products.sum(1)
+    w1, b1, w2, b2 = (None if t is None else t.to(mean.dtype) for t in (weight1, bias1, weight2, bias2))
+    w1, w2 = w1.flatten(1), w2.flatten(1)
+    before_squeeze = F.linear(mean, w1, b1)
+    squeezed = reference.ACTIVATIONS[squeeze_activation](before_squeeze)
+    before_gate = F.linear(squeezed, w2, b2)
+    gate = reference.ACTIVATIONS[gate_activation](before_gate)
+    of_excited = reference.ACTIVATION_GRADIENTS[gate_activation](of_gate, before_gate)
+    of_squeezed = reference.ACTIVATION_GRADIENTS[squeeze_activation](of_excited @ w2, before_squeeze)
+    of_mean = of_squeezed @ w1 / pixels
+    out = torch.empty_like(input, memory_format=suggest_memory_format(input))
+    of_input = kernels.epilogue(grad_output, of_mean[:, :, None, None], gate=gate[:, :, None, None], out=out)
+    of_layers = of_squeezed.T @ mean, of_squeezed.sum(0), of_excited.T @ squeezed, of_excited.sum(0)
+    shapes = weight1.shape, weight1.shape[:1], weight2.shape, weight2.shape[:1]
+    return of_input, *(grad.to(weight1.dtype).view(shape) for grad, shape in zip(of_layers, shapes, strict=True))
+
+
 def batch_norm_act_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -180,6 +231,45 @@ def batch_norm_act_backward(
     return of_input, *(total.clone() for total in sums)  # outputs of an operator share no memory
 
 
+def batch_norm_act_training(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    num_batches_tracked: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``activation(F.batch_norm(..., training=True))`` of at least one element, and the mean and 1 / standard deviation
+    that `batch_norm_act_training_backward` needs, (C,) in float32 (float64 for float64).
+
+    Running statistics move by ``momentum`` of the way; None is the mean over all batches, which
+    ``num_batches_tracked`` has counted, this one among them.
+    """
+    kernels = _kernels("batch_norm_act_training", input)
+    statistics = running_mean, running_var
+    return kernels.batch_norm_act_training(
+        input, *statistics, _dense(weight), _dense(bias), momentum, eps, activation, num_batches_tracked
+    )
+
+
+def batch_norm_act_training_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `batch_norm_act_training`: of input, weight and bias, the latter two in float32 (float64 for
+    float64)."""
+    kernels = _kernels("batch_norm_act_training_backward", input)
+    return kernels.batch_norm_act_backward(grad_output, input, mean, rstd, _dense(weight), _dense(bias), activation)
+
+
 def fold_batch_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """The factor and the term, (2, C), that an evaluated batch norm is; in float32 (float64 for float64)."""
     return _module().fold_batch_norm(*map(_dense, (mean, var, weight, bias)), eps)
@@ -187,9 +277,12 @@ def fold_batch_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tens
 
 def empty_conv_output(input: Tensor, weight: Tensor, size: tuple) -> Tensor:
     """Under `F.conv2d`'s rule: channels_last if either operand is."""
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_conv_format(input, weight))
+
+
+def _conv_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     formats = suggest_memory_format(input), suggest_memory_format(weight)
-    wanted = torch.channels_last if torch.channels_last in formats else torch.contiguous_format
-    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=wanted)
+    return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
 
 def _kernels(operation: str, input: Tensor) -> ModuleType:

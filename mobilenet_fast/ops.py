@@ -1,11 +1,10 @@
 """What PyTorch must know of the operators that `_C` defines: their kernels for CUDA, shapes and strides for tracing,
 gradients, and autocast.
 
-All operations have kernels for their gradients on the CPU, on CUDA depthwise_conv2d and batch_norm_act. These are
-operators as well, so that compiled backward passes see them; they compute again what the activation was applied to. The
-gradients of the others are those of the reference, which the backward pass computes again. Second derivatives go
-through the reference everywhere: a backward pass that is to be differentiated (``create_graph=True``) uses it. Kernels
-add in the same order each time.
+All operations have kernels for their gradients, but pointwise_conv2d on CUDA, whose products are cuDNN's. These are
+operators as well, so that compiled backward passes see them; they compute again what the activation was applied to.
+Second derivatives go through the reference: a backward pass that is to be differentiated (``create_graph=True``) uses
+it. Kernels add in the same order each time.
 """
 
 from __future__ import annotations
@@ -39,10 +38,15 @@ _library.define(
     "Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-for _operation in (*OPERATIONS, "depthwise_conv2d_backward", "batch_norm_act_backward"):
+_library.define(
+    "squeeze_excite_backward(Tensor grad_output, Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, "
+    "Tensor? bias2, str squeeze_activation, str gate_activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+for _operation in OPERATIONS:
     _library.impl(_operation, getattr(cuda, _operation), "CUDA")
-for _operation in ("depthwise_conv2d_backward", "pointwise_conv2d_backward", "batch_norm_act_backward"):
-    _library.impl(_operation, getattr(cpu, _operation), "CPU")
+    _library.impl(f"{_operation}_backward", getattr(cuda, f"{_operation}_backward"), "CUDA")
+    _library.impl(f"{_operation}_backward", getattr(cpu, f"{_operation}_backward"), "CPU")
 
 
 def uses_triton(input: Tensor) -> bool:
@@ -123,6 +127,13 @@ def _empty_conv_grads(input: Tensor, weight: Tensor, need_input: bool, need_weig
     if need_weight:
         grads.append(weight.new_empty(weight.shape))
     return grads
+
+
+@torch.library.register_fake("mobilenet_fast::squeeze_excite_backward")
+def _(grad_output, input, weight1, bias1, weight2, bias2, squeeze_activation, gate_activation):
+    vectors = (weight1.new_empty(weight1.size(0)), weight2.new_empty(weight2.size(0)))
+    weights = (weight1.new_empty(weight1.shape), weight2.new_empty(weight2.shape))
+    return _empty_image_like(input), weights[0], vectors[0], weights[1], vectors[1]
 
 
 @torch.library.register_fake("mobilenet_fast::batch_norm_act_backward")
@@ -244,11 +255,10 @@ def _register_autograd(operation: str) -> None:
         operands = [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
         twice = torch.is_grad_enabled()
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):  # the operands have the kernel's dtypes
-            gradients = (_CUDA_GRADIENTS if uses_triton(operands[0]) else _CPU_GRADIENTS).get(operation)
-            if gradients is not None and not twice:
+            if not twice:
                 given = len(ctx.needs_input_grad)  # arguments at their default are not, at the end
                 needed = (*ctx.needs_input_grad, *[False] * (len(operands) - given))
-                return gradients(needed, grad, *operands)[:given]
+                return _GRADIENTS[operation](needed, grad, *operands)[:given]
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
             with torch.enable_grad():
                 for i in wanted:
@@ -261,23 +271,11 @@ def _register_autograd(operation: str) -> None:
     torch.library.register_autograd(f"mobilenet_fast::{operation}", backward, setup_context=setup_context)
 
 
-# The gradient at an activation's input, from that at its output.
-ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "none": lambda grad, x: grad,
-    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
-    "relu6": lambda grad, x: torch.ops.aten.hardtanh_backward(grad, x, 0, 6),
-    "hardswish": torch.ops.aten.hardswish_backward,
-    "hardsigmoid": torch.ops.aten.hardsigmoid_backward,
-    "silu": torch.ops.aten.silu_backward,
-    "sigmoid": lambda grad, x: torch.ops.aten.sigmoid_backward(grad, x.sigmoid()),
-}
-
-
 def _depthwise_gradients(needed, grad, input, weight, bias, stride, padding, dilation, activation, scale):
     geometry = stride, padding, dilation
     if activation != "none":
         inner = torch.ops.mobilenet_fast.depthwise_conv2d(input, weight, bias, *geometry, "none", scale)
-        grad = ACTIVATION_GRADIENTS[activation](grad, inner)
+        grad = reference.ACTIVATION_GRADIENTS[activation](grad, inner)
     grads = [None] * len(needed)
     need_input, need_filters = needed[0], needed[1] or needed[7]
     if need_input or need_filters:
@@ -312,7 +310,7 @@ def _batch_norm_gradients(needed, grad, input, running_mean, running_var, weight
 def _pointwise_gradients(needed, grad, input, weight, bias, activation, gate, residual, scale):
     if activation != "none":
         inner = torch.ops.mobilenet_fast.pointwise_conv2d(input, weight, bias, "none", gate, residual, scale)
-        grad = ACTIVATION_GRADIENTS[activation](grad, inner)
+        grad = reference.ACTIVATION_GRADIENTS[activation](grad, inner)
     grads = [None] * len(needed)
     need_input, need_filters = needed[0] or needed[4], needed[1] or needed[6]
     if need_input or need_filters:
@@ -327,22 +325,23 @@ def _pointwise_gradients(needed, grad, input, weight, bias, activation, gate, re
     if needed[1]:
         grads[1] = reference.scaled(found[-1], scale)
     if needed[2]:
-        grads[2] = grad.sum((0, 2, 3))
+        grads[2] = grad.sum((0, 2, 3), dtype=bias.dtype)
     if needed[5]:
         grads[5] = grad
     if needed[6]:
-        grads[6] = (found[-1] * weight).sum((1, 2, 3))
+        grads[6] = (found[-1] * weight).sum((1, 2, 3), dtype=scale.dtype)
     return tuple(grads)
 
 
 def _squeeze_excite_gradients(needed, grad, *operands):
-    found = cpu.squeeze_excite_gradients(grad, *operands)
+    found = torch.ops.mobilenet_fast.squeeze_excite_backward(grad, *operands)
     return (*(value if need else None for value, need in zip(found, needed, strict=False)), None, None)
 
 
-_CUDA_GRADIENTS = {"depthwise_conv2d": _depthwise_gradients, "batch_norm_act": _batch_norm_gradients}
-_CPU_GRADIENTS = _CUDA_GRADIENTS | {
+_GRADIENTS = {
+    "depthwise_conv2d": _depthwise_gradients,
     "pointwise_conv2d": _pointwise_gradients,
+    "batch_norm_act": _batch_norm_gradients,
     "squeeze_excite": _squeeze_excite_gradients,
 }
 for _operation in OPERATIONS:

@@ -21,6 +21,17 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
 }
 
+# The gradient at an activation's input, from that at its output and the input.
+ACTIVATION_GRADIENTS = {
+    "none": lambda grad, x: grad,
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+    "relu6": lambda grad, x: torch.ops.aten.hardtanh_backward(grad, x, 0, 6),
+    "hardswish": torch.ops.aten.hardswish_backward,
+    "hardsigmoid": torch.ops.aten.hardsigmoid_backward,
+    "silu": torch.ops.aten.silu_backward,
+    "sigmoid": lambda grad, x: torch.ops.aten.sigmoid_backward(grad, x.sigmoid()),
+}
+
 
 def activation(x: Tensor, name: str) -> Tensor:
     """``x`` through the activation of that name, one of `ACTIVATIONS`."""

@@ -302,7 +302,8 @@ def every_kernel():
     from mobilenet_fast import triton_kernels
 
     calls = steps_of_networks(triton_kernels)
-    of_operators = {*OPERATIONS, "squeeze_excite_gate", "depthwise_conv2d_backward", "batch_norm_act_backward"}
+    of_operators = {*OPERATIONS, "squeeze_excite_gate", "sums_of_products"}
+    of_operators |= {"depthwise_conv2d_backward", "batch_norm_act_backward"}
     assert set(triton_kernels.__all__) <= set(calls) | of_operators
     for name, call in calls.items():
         results = call()
@@ -517,39 +518,25 @@ def test_block(dtype, layout):
 
 @needs_gpu
 def test_training_a_block_as_pytorch_does():
-    """Depthwise convolutions learn by their kernels, under autocast too."""
+    """Depthwise convolutions, batch norms and squeeze-excite learn by their kernels, under autocast too."""
     for autocast in (nullcontext(), torch.autocast("cuda", torch.bfloat16)):
         results = []
         for ours in (True, False):
             layer = block("silu").train()
-            if not ours:
-                layer = stock(layer)
             x = operand((4, 16, 14, 14)).to(DEVICE).requires_grad_()
-            with autocast:
-                y = layer(x)
-            y.float().square().sum().backward()
-            results.append((y, x.grad, *(p.grad for p in layer.parameters())))
+            with pytest.MonkeyPatch.context() as patch:
+                if not ours:
+                    patch.setattr(functional, "_triton_serves", lambda input: False)
+                    patch.setattr(fast.dispatch, "takes_input", lambda input: False)
+                with autocast:
+                    y = layer(x)
+                y.float().square().sum().backward()
+            results.append((y, x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()))
         for actual, expected in zip(*results, strict=True):
             assert actual.dtype == expected.dtype
             size = expected.float().abs().max().item()
             tolerance = 1e-3 if isinstance(autocast, nullcontext) else 0.1
             torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * size)
-
-
-def stock(layer):
-    """The block, its convolutions PyTorch's own."""
-    for module in layer.modules():
-        for name, child in list(module.named_children()):
-            if type(child) in (fast.DepthwiseConv2d, fast.PointwiseConv2d):
-                conv = nn.Conv2d(
-                    *(child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding),
-                    groups=child.groups,
-                    bias=child.bias is not None,
-                    device=DEVICE,
-                )
-                conv.load_state_dict(child.state_dict())
-                setattr(module, name, conv)
-    return layer
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))

@@ -6,6 +6,7 @@ CPU tensors stand for CUDA's, with the kernels behind the operators, where the C
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def calls(monkeypatch):
 
         return run
 
-    for name in (*OPERATIONS, "depthwise_conv2d_backward", "batch_norm_act_backward"):
+    backwards = "depthwise_conv2d_backward", "batch_norm_act_backward", "sums_of_products"
+    for name in (*OPERATIONS, "batch_norm_act_training", *backwards):
         monkeypatch.setattr(triton_kernels, name, recorded(name, getattr(triton_kernels, name)))
     return names
 
@@ -202,6 +204,13 @@ BACKWARDS = {
         (grad, input, vector(3), vector(3, positive=True), weight, bias, 1e-3, "silu")
         for weight, bias in ((vector(3), vector(3)), (None, None))
     ),
+    "pointwise_conv2d_backward": lambda input, grad: (
+        (grad, input, operand((3, 3, 1, 1), seed=1), *needed) for needed in ((True, True), (True, False), (False, True))
+    ),
+    "squeeze_excite_backward": lambda input, grad: (
+        (grad, input, operand((2, 3, 1, 1)), bias1, operand((3, 2, 1, 1)), bias2, "silu", "sigmoid")
+        for bias1, bias2 in ((vector(2), vector(3)), (None, None))
+    ),
 }
 
 
@@ -240,7 +249,7 @@ def test_gradcheck(operation, triton_operators):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("operation", ("depthwise_conv2d", "batch_norm_act"))
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_gradients_of_activations(operation, activation, triton_operators):
     args = [a * 4 if isinstance(a, torch.Tensor) else a for a in arguments(operation, activation=activation)]
     check_gradients(operation, function(operation), args, (1, 2) if operation == "batch_norm_act" else ())
@@ -251,9 +260,13 @@ def test_gradients_of_activations(operation, activation, triton_operators):
 def test_gradients(operation, layout, triton_operators, calls):
     args = arguments(operation, layout, activation="silu")
     check_gradients(operation, function(operation), args, (1, 2) if operation == "batch_norm_act" else ())
-    own = {"depthwise_conv2d": [operation, operation, f"{operation}_backward"]}
-    own["batch_norm_act"] = [operation, f"{operation}_backward"]
-    assert calls == own.get(operation, [operation])
+    own = {
+        "depthwise_conv2d": [operation, operation, f"{operation}_backward"],
+        "pointwise_conv2d": [operation, operation],
+        "batch_norm_act": [operation, f"{operation}_backward"],
+        "squeeze_excite": [operation, "sums_of_products"],
+    }
+    assert calls == own[operation]
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -481,37 +494,109 @@ def test_half_precision_layers_with_float32_norms(dtype, triton_operators, calls
     assert error <= 2 * (expected.double() - exact).abs().max()
 
 
-def test_depthwise_layers_learn_by_kernels(triton_operators, calls, monkeypatch):
-    """Training on CUDA: depthwise convolutions through the operator, other layers as PyTorch's."""
-    from mobilenet_fast.nn import depthwise, dispatch, pointwise, training
+@contextmanager
+def pytorch_alone():
+    """Layers run as PyTorch's."""
+    from mobilenet_fast.nn import dispatch, training
 
-    # What is on the CPU for other reasons than this test's.
-    monkeypatch.setattr(training.TrainingBlock, "_takes", lambda self, x: False)
-    monkeypatch.setattr(pointwise, "kernels_serve", lambda *args, **kwargs: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "_triton_serves", lambda input: False)
+        patch.setattr(dispatch, "_KERNEL_DTYPES", ())
+        patch.setattr(training.TrainingBlock, "_takes", lambda self, x: False)
+        yield
 
-    def serve(input, *operands, norm=(), learns=False):
-        return dispatch.takes_operands(input, operands, norm, learns=learns) and dispatch.takes_input(input)
 
-    monkeypatch.setattr(depthwise, "kernels_serve", serve)
-    model, results = network().double(), []
-    for run in (model, lambda x: in_pytorch_depthwise(model, x, monkeypatch)):
-        prepared(model).train()
-        model.zero_grad()
-        x = operand((2, 3, 12, 12), dtype=torch.float64).requires_grad_()
-        run(x).square().sum().backward()
-        results.append([x.grad, *(p.grad for p in model.parameters())])
-        if run is model:
-            assert calls == ["depthwise_conv2d"] * 3 + ["depthwise_conv2d_backward"] * 3
+def step(model, x):
+    """What a step of training gives: the output, gradients, and buffers."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad), *model.buffers()]
+
+
+@pytest.mark.parametrize("frozen", (False, True))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_layers_learn_by_kernels(layout, frozen, triton_operators, calls):
+    """Depthwise convolutions, batch norms with their activations, and squeeze-excite; other layers are PyTorch's."""
+    x, results = operand((2, 3, 12, 12), layout, torch.float64), []
+    for context in (nullcontext(), pytorch_alone()):
+        model = prepared(network().double()).train()
+        if frozen:
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        calls.clear()
+        with context:
+            results.append(step(model, x))
+        ours = isinstance(context, nullcontext)
+        assert calls.count("depthwise_conv2d") == calls.count("depthwise_conv2d_backward") == 3 * ours
+        norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        assert calls.count("batch_norm_act" if frozen else "batch_norm_act_training") == norms * ours
+        assert calls.count("batch_norm_act_backward") == norms * ours
+        assert calls.count("squeeze_excite") == calls.count("sums_of_products") == 2 * ours
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
 
 
-def in_pytorch_depthwise(model, x, monkeypatch):
-    from mobilenet_fast.nn import conv2d_same, depthwise
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": None},
+        {"momentum": 0.3, "affine": False},
+        {"track_running_stats": False},
+        {"eps": 0.1, "activation": "hardswish"},
+        {"activation": "silu"},
+    ],
+    ids=str,
+)
+def test_batch_norms_learn_by_kernels(options, triton_operators, calls):
+    """Over several steps: running statistics too, in training and, where there are none, in evaluation."""
+    results = []
+    for context in (nullcontext(), pytorch_alone()):
+        layer = fast.BatchNormAct2d(5, **options).double()
+        for i, parameter in enumerate(layer.parameters()):
+            parameter.data = vector(5, torch.float64, seed=i)
+        calls.clear()
+        with context:
+            steps = [step(layer, operand((2, 5, 4, 3), dtype=torch.float64, seed=i) + i) for i in range(3)]
+            results.append([*steps[0], *steps[2], layer.eval()(operand((2, 5, 4, 3), dtype=torch.float64))])
+        assert bool(calls) == isinstance(context, nullcontext)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
-    for layer in (conv2d_same, depthwise):
-        monkeypatch.setattr(layer, "kernels_serve", lambda *args, **kwargs: False)
-    return model(x)
+
+def test_batch_norms_learn_in_half_precision_with_float32_parameters(triton_operators, calls):
+    layer = fast.BatchNormAct2d(5, activation="relu")
+    exact = fast.BatchNormAct2d(5, activation="relu").double()
+    for dtype in HALF:
+        x = operand((4, 5, 6, 3)).to(dtype)
+        found = step(layer, x)
+        with pytorch_alone():
+            wanted = step(exact, x.double())
+        assert found[0].dtype == found[1].dtype == dtype and found[2].dtype == torch.float32
+        for actual, expected in zip(found[:4], wanted[:4], strict=True):
+            error = (actual.double() - expected).abs().max()
+            assert error <= 16 * torch.finfo(dtype).eps * expected.abs().max()
+    assert calls.count("batch_norm_act_training") == 2
+
+
+def test_what_a_batch_norm_refuses_is_pytorchs_own(triton_operators):
+    layer = fast.BatchNormAct2d(5)
+    for shape in ((1, 5, 1, 1), (2, 4, 3, 3)):
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        with pytest.raises((ValueError, RuntimeError), match="more than 1 value|should contain 4 elements"):
+            layer(operand(shape))
+        for name, value in layer.state_dict().items():
+            if "running" in name:
+                assert torch.equal(value, before[name])
+
+
+def test_second_derivatives_of_a_batch_norm_that_learns(triton_operators):
+    layer = fast.BatchNormAct2d(2, activation="silu").double()
+    layer.weight.data, layer.bias.data = vector(2, torch.float64), vector(2, torch.float64, seed=1)
+    x = operand((2, 2, 3, 2), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x, atol=1e-4)
 
 
 def test_folding_a_batch_norm():

@@ -23,8 +23,9 @@ def triton_on_cpu():
     with torch.library._scoped_library("mobilenet_fast", "IMPL") as library, pytest.MonkeyPatch.context() as patch:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is overridden, as asked
-            for name in (*OPERATIONS, "depthwise_conv2d_backward", "batch_norm_act_backward"):
-                library.impl(name, getattr(cuda, name), "CPU", allow_override=True)
+            for name in OPERATIONS:
+                for operator in (name, f"{name}_backward"):
+                    library.impl(operator, getattr(cuda, operator), "CPU", allow_override=True)
             ops.register_autocast(library, "cpu")
         patch.setattr(ops, "uses_triton", lambda input: True)
         patch.setattr(functional, "_cpp_serves", lambda input: False)

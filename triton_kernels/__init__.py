@@ -14,7 +14,7 @@ from .fold_batch_norm import fold_batch_norm
 from .inverted_residual import inverted_residual
 from .pointwise_conv2d import pointwise_conv2d
 from .pool2d import global_avg_pool, mean_of_sums, pool2d, sum_pixels
-from .squeeze_excite import squeeze_excite, squeeze_excite_gate
+from .squeeze_excite import squeeze_excite, squeeze_excite_gate, sums_of_products
 
 __all__ = [
     "batch_norm_act",
@@ -34,4 +34,5 @@ __all__ = [
     "squeeze_excite",
     "squeeze_excite_gate",
     "sum_pixels",
+    "sums_of_products",
 ]

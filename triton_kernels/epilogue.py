@@ -38,6 +38,7 @@ def _forward(
     pixels,
     channels,
     gate_stride,
+    bias_stride,
     plane,
     x_image_stride,
     x_pixel_stride,
@@ -85,7 +86,7 @@ def _forward(
     if gate_ptr is not None:
         y *= tl.load(gate_ptr + image * gate_stride + factor, factors_here, 0.0).to(ACC)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + factor, factors_here, 0.0).to(ACC)
+        y += tl.load(bias_ptr + image * bias_stride + factor, factors_here, 0.0).to(ACC)
     if residual_ptr is not None:
         pointers = block_pointers(residual_ptr, residual_strides, image, first, pixel, channel, CHANNELS_LAST)
         y += tl.load(pointers, here, 0.0).to(ACC)
@@ -106,7 +107,7 @@ def epilogue(
 
     Args:
         input: (N, C, H, W).
-        bias: (C,).
+        bias: (C,), or (N, C, 1, 1).
         residual: (N, C, H, W).
         gate: (N, C, 1, 1).
         out: where to write, pixels at equal distances: the input itself, or channels of a larger channels_last image,
@@ -118,20 +119,23 @@ def epilogue(
     channels_last = is_channels_last(out)
     batch, channels, height, width = out.shape
     gate = None if gate is None else gate.reshape(batch, channels).contiguous()
+    of_images = bias is not None and bias.dim() > 1
+    bias = bias.reshape(batch, channels).contiguous() if of_images else bias
     x, r, y = input, residual, out
     if not channels_last:
         y = out.view(batch, 1, channels, height * width)
         x, r = (None if t is None else t.reshape(y.shape) for t in (x, r))
     x, r = (None if t is None else arrange_pixels(t, channels_last) for t in (x, r))
     images, pixels, strides = batch, y.shape[2] * y.shape[3], image_strides
-    if channels_last and gate is None:  # then nothing tells the images apart
+    if channels_last and gate is None and not of_images:  # then nothing tells the images apart
         images, pixels, strides = 1, batch * pixels, pixel_strides
     tile = image_tile(channels_last, y.element_size(), pixels, y.shape[1])
     grid = images * tile.pixel_blocks(pixels) * tile.channel_blocks(y.shape[1])
     if grid:
         with on_device(y):
             _forward[(grid,)](
-                *(x, gate, bias, r, y, pixels, y.shape[1], channels, height * width),
+                *(x, gate, bias, r, y, pixels, y.shape[1]),
+                *(channels, channels if of_images else 0, height * width),
                 *strides(x, channels_last),
                 *((0, 0, 0) if r is None else strides(r, channels_last)),
                 *strides(y, channels_last),

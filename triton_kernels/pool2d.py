@@ -25,7 +25,7 @@ from .common import (
     vector_of_pixels,
     wait_for_inputs,
 )
-from .tiles import chip_of, image_tile, pool_tile
+from .tiles import ImageTile, chip_of, image_tile, pool_tile
 
 
 @triton.jit
@@ -156,12 +156,18 @@ def sum_pixels(input: torch.Tensor) -> torch.Tensor:
     channels_last = is_channels_last(input)
     batch, channels, pixels = input.shape[0], input.shape[1], input.shape[2] * input.shape[3]
     tile = image_tile(channels_last, input.element_size(), pixels, channels)
-    wanted = triton.cdiv(8 * chip_of(input).multiprocessors, max(1, batch * tile.channel_blocks(channels)))
-    parts = min(tile.pixel_blocks(pixels), wanted)
+    parts = parts_of_sums(input, tile)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     sums = torch.empty((batch, parts, channels), dtype=dtype, device=input.device)
     _sum(input, sums, channels_last, 1)
     return sums
+
+
+def parts_of_sums(input: torch.Tensor, tile: ImageTile) -> int:
+    """In how many parts the pixels of an image are summed: as many as make eight programs a multiprocessor in all."""
+    blocks = max(1, input.shape[0] * tile.channel_blocks(input.shape[1]))
+    pixel_blocks = tile.pixel_blocks(input.shape[2] * input.shape[3])
+    return min(pixel_blocks, triton.cdiv(8 * chip_of(input).multiprocessors, blocks))
 
 
 def global_avg_pool(input: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:

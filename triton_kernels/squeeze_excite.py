@@ -1,7 +1,8 @@
-"""Squeeze-and-excitation: sums over pixels, two small layers, and the gate applied.
+"""Squeeze-and-excitation: sums over pixels, two small layers, and the gate applied; and the sums of its gradients.
 
 A depthwise convolution that makes the sums itself (``with_sums``), and a pointwise convolution that applies the gate as
-it reads its input, leave only the two layers to do here; then no pass over the image is squeeze-and-excitation's own.
+it reads its input, leave only the two layers to do here; then no pass over the image is squeeze-and-excitation's own. The
+backward pass reads image and gradient once, for the sums of both, and then the gradient once more, by `epilogue`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,23 @@ import triton
 import triton.language as tl
 
 from .activations import activate
-from .common import accumulator, dot_precision, launch_options, multiple, on_device, wait_for_inputs
+from .common import (
+    accumulator,
+    arrange_pixels,
+    block_pointers,
+    dot_precision,
+    image_strides,
+    is_channels_last,
+    launch_options,
+    multiple,
+    multiples,
+    on_device,
+    vector_of_pixels,
+    wait_for_inputs,
+)
 from .epilogue import epilogue
-from .pool2d import sum_pixels
-from .tiles import chip_of, linear_tile, power_of_2
+from .pool2d import parts_of_sums, sum_pixels
+from .tiles import chip_of, image_tile, linear_tile, power_of_2
 
 # Elements of a weight's row that are loaded together, by their bytes: 16 bytes, but of float64, where that spills.
 _TOGETHER = {2: 8, 4: 4, 8: 1}
@@ -77,6 +91,52 @@ def _layer(
     tl.store(y_ptr, y, (image < images)[:, None] & out_here)
 
 
+@triton.jit
+def _backward_sums(
+    x_ptr,
+    grad_ptr,
+    sums_ptr,
+    products_ptr,
+    pixels,
+    channels,
+    x_image_stride,
+    x_pixel_stride,
+    x_channel_stride,
+    grad_image_stride,
+    grad_pixel_stride,
+    grad_channel_stride,
+    parts,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Over the pixels of each part of an image, the sums of x and of x · grad: (N, parts, C) each."""
+    ACC: tl.constexpr = accumulator(x_ptr.dtype.element_ty)
+    x_strides = multiples(x_image_stride, x_pixel_stride, x_channel_stride, CHANNELS_LAST, VECTOR)
+    grad_strides = multiples(grad_image_stride, grad_pixel_stride, grad_channel_stride, CHANNELS_LAST, VECTOR)
+    if CHANNELS_LAST:
+        channels = multiple(channels, VECTOR)
+    else:
+        pixels = multiple(pixels, VECTOR)
+    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.program_id(0) // channel_blocks % parts
+    image = tl.program_id(0) // (channel_blocks * parts)
+    pixel = tl.arange(0, BLOCK_P)
+    sums = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    products = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for first in range(part * BLOCK_P, pixels, parts * BLOCK_P):
+        here = (first + pixel < pixels)[:, None] & (channel < channels)[None, :]
+        x = tl.load(block_pointers(x_ptr, x_strides, image, first, pixel, channel, CHANNELS_LAST), here, 0.0).to(ACC)
+        pointers = block_pointers(grad_ptr, grad_strides, image, first, pixel, channel, CHANNELS_LAST)
+        sums += x
+        products += x * tl.load(pointers, here, 0.0).to(ACC)
+    offset = (tl.cast(image, tl.int64) * parts + part) * channels + channel
+    tl.store(sums_ptr + offset, tl.sum(sums, 0), channel < channels)
+    tl.store(products_ptr + offset, tl.sum(products, 0), channel < channels)
+
+
 def squeeze_excite_gate(
     sums: torch.Tensor,
     pixels: int,
@@ -132,3 +192,29 @@ def squeeze_excite(
         sum_pixels(input), pixels, weight1, bias1, weight2, bias2, squeeze_activation, gate_activation
     )
     return epilogue(input, gate=gate)
+
+
+def sums_of_products(input: torch.Tensor, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over (H, W), the sums of the input and of its product with the gradient, in parts: (N, parts, C) each."""
+    channels_last = is_channels_last(input)
+    x, grad = arrange_pixels(input, channels_last), arrange_pixels(grad_output, channels_last)
+    batch, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    tile = image_tile(channels_last, x.element_size(), pixels, channels)
+    parts = parts_of_sums(x, tile)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums, products = torch.empty((2, batch, parts, channels), dtype=dtype, device=x.device)
+    grid = batch * parts * tile.channel_blocks(channels)
+    if grid:
+        with on_device(x):
+            _backward_sums[(grid,)](
+                *(x, grad, sums, products, pixels, channels),
+                *image_strides(x, channels_last),
+                *image_strides(grad, channels_last),
+                parts,
+                CHANNELS_LAST=channels_last,
+                VECTOR=vector_of_pixels(channels_last, x, grad),
+                BLOCK_P=tile.pixels,
+                BLOCK_C=tile.channels,
+                num_warps=tile.warps,
+            )
+    return sums, products

@@ -102,7 +102,8 @@ class SqueezeExcite:
     def case(self, models: tuple[str, ...] = ()) -> Case:
         arguments = self.channels, self.size, self.squeeze_channels, self.activation, self.gate
         make = operators.squeeze_excite(*arguments)
-        return Case("layers", str(self), make, models=models, devices=("cuda",))
+        directions = operators.SQUEEZE_EXCITE_DIRECTIONS
+        return Case("layers", str(self), make, models=models, devices=("cuda",), directions=directions)
 
 
 Layer = Convolution | BatchNorm | SqueezeExcite

@@ -15,6 +15,7 @@ ACTIVATIONS = {
 }
 DEPTHWISE_DIRECTIONS = ("forward", "forward+input", "forward+weight", "forward+both")
 BATCH_NORM_DIRECTIONS = ("forward", "training")
+SQUEEZE_EXCITE_DIRECTIONS = ("forward", "forward+both")
 
 
 def batch_norm_act(channels, size, activation):
@@ -117,7 +118,9 @@ for _c, _size, _act in [
     )
 
 for _c, _size, _s in [(72, 28, 24), (120, 28, 32), (480, 14, 120), (672, 14, 168), (960, 7, 240)]:
-    case("operators", f"squeeze_excite {_c}x{_size}x{_size} squeeze {_s}")(squeeze_excite(_c, _size, _s))
+    case("operators", f"squeeze_excite {_c}x{_size}x{_size} squeeze {_s}", directions=SQUEEZE_EXCITE_DIRECTIONS)(
+        squeeze_excite(_c, _size, _s)
+    )
 
 for _c, _size, _k, _stride, _act in [
     (16, 112, 3, 1, "relu"),

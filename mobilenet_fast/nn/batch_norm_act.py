@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional, reference
-from .dispatch import kernels_serve, known
+from .. import cuda, functional, reference
+from .dispatch import is_eager, kernels_serve, known, runs_triton
 
 
 @known
@@ -16,8 +18,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
     """``activation(nn.BatchNorm2d(num_features, ...)(input))``
 
     An `nn.BatchNorm2d` in constructor, attributes and state_dict. In eval mode, tensors that
-    `mobilenet_fast.functional` has kernels for and that need no gradient run in one, in one pass; everything else, and
-    training, runs as `nn.BatchNorm2d` does. Of half-precision images, parameters and statistics may be float32.
+    `mobilenet_fast.functional` has kernels for and that need no gradient run in one, in one pass; on GPUs so do those
+    that need one, and training, which keeps its input and no more. Everything else runs as `nn.BatchNorm2d` does. Of
+    half-precision images, parameters and statistics may be float32.
     What `nn.SyncBatchNorm.convert_sync_batchnorm` makes of it, a `SyncBatchNormAct`, keeps the activation.
 
     Args:
@@ -54,27 +57,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.kernel_serves(input):
-            return functional.batch_norm_act(
-                input,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                eps=self.eps,
-                activation=self.activation,
-            )
-        return self.plain_forward(input)
-
-    def plain_forward(self, input: Tensor) -> Tensor:
-        return reference.activation(super().forward(input), self.activation)
-
-    def kernel_serves(self, input: Tensor) -> bool:
-        return (
-            uses_running_statistics(self)
-            and self.activation is not None
-            and kernels_serve(input, norm=(self.running_mean, self.running_var, self.weight, self.bias))
-        )
+        return normalise(self, input, self.activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
@@ -88,6 +71,58 @@ class BatchNormAct2d(nn.BatchNorm2d):
             layer = caller.f_locals["module_output"]
             layer.__class__, layer.activation = SyncBatchNormAct, self.activation
         return super().named_children()
+
+
+def normalise(norm: nn.BatchNorm2d, input: Tensor, activation: str) -> Tensor:
+    """``activation(nn.BatchNorm2d.forward(norm, input))``, by a kernel where there is one."""
+    operands = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    on_gpu = runs_triton(input)
+    if activation is not None and kernels_serve(input, norm=operands, learns=on_gpu):
+        if uses_running_statistics(norm):
+            return functional.batch_norm_act(input, *operands, eps=norm.eps, activation=activation)
+        if on_gpu and is_eager() and all(t is None or t.shape == input.shape[1:2] for t in operands):
+            F._verify_batch_size(input.shape)
+            return _ByBatch.apply(input, norm.weight, norm.bias, norm, activation)
+    return reference.activation(nn.BatchNorm2d.forward(norm, input), activation)
+
+
+class _ByBatch(torch.autograd.Function):
+    """Batch norm by the statistics of the batch, and activation: the backward pass computes again what went into
+    that."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, norm, activation):
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        mean = var = batches = None
+        if norm.training and norm.track_running_stats:
+            mean, var, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+            if batches is not None:
+                batches.add_(1)
+                momentum = norm.momentum
+        output, mean, rstd = cuda.batch_norm_act_training(
+            input, mean, var, weight, bias, momentum, norm.eps, activation, batches
+        )
+        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        ctx.constants = norm.eps, activation
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight, bias, mean, rstd = ctx.saved_tensors
+        eps, activation = ctx.constants
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # this pass is to be differentiated in turn
+            with torch.enable_grad():
+                # Aliases end this small graph at the operands, and still lead on to them.
+                operands = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
+                z = F.batch_norm(operands[0], None, None, *operands[1:], training=True, eps=eps)
+                wanted = [t for t, need in zip(operands, needed, strict=True) if need]
+                found = torch.autograd.grad(reference.ACTIVATIONS[activation](z), wanted, grad, create_graph=True)
+            found = iter(found)
+            return *(next(found) if need else None for need in needed), None, None
+        of_input, *of_affine = cuda.batch_norm_act_training_backward(grad, input, mean, rstd, weight, bias, activation)
+        of_affine = [g.to(weight.dtype) if need else None for g, need in zip(of_affine, needed[1:], strict=True)]
+        return of_input if needed[0] else None, *of_affine, None, None
 
 
 class SyncBatchNormAct(nn.SyncBatchNorm):

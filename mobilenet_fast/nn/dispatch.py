@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
-from .. import cuda
+from .. import cuda, functional
 from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
 from ..reference import check_activation, may_stay_float32
 
@@ -63,6 +63,11 @@ def is_eager(*, casts: bool = False) -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def runs_triton(input) -> bool:
+    """Whether the kernels for this tensor are Triton's."""
+    return isinstance(input, Tensor) and functional._triton_serves(input)
 
 
 def takes_input(input) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .. import functional
-from .dispatch import activation_layer, activation_name, kernels_serve, known, unhooked
+from .dispatch import activation_layer, activation_name, kernels_serve, known, runs_triton, unhooked
 from .pointwise import is_plain_pointwise
 
 
@@ -16,7 +16,7 @@ class SqueezeExcitation(nn.Module):
     """``input * scale_activation(fc2(activation(fc1(avgpool(input)))))``, with `torchvision.ops.SqueezeExcitation`'s
     constructor, attributes and state_dict.
 
-    Tensors that `mobilenet_fast.functional` has kernels for and that need no gradient run in those, if both
+    Tensors that `mobilenet_fast.functional` has kernels for run in those, on the CPU if they need no gradient, if both
     activations have a name there; everything else runs layer by layer.
 
     Args:
@@ -57,7 +57,7 @@ class SqueezeExcitation(nn.Module):
         if parts is not None:
             fc1, squeeze, fc2, gate = parts
             operands = fc1.weight, fc1.bias, fc2.weight, fc2.bias
-            if kernels_serve(input, *operands):
+            if kernels_serve(input, *operands, learns=runs_triton(input)):
                 return functional.squeeze_excite(input, *operands, squeeze_activation=squeeze, gate_activation=gate)
         return self.plain_forward(input)
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from .. import cpu, reference
 from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
-from .batch_norm_act import uses_running_statistics
+from .batch_norm_act import normalise, uses_running_statistics
 from .conv2d_same import Conv2dSame
 from .depthwise import is_depthwise
-from .dispatch import activation_name, is_known, takes_input, unhooked
+from .dispatch import activation_name, is_known, runs_triton, takes_input, unhooked
 from .pointwise import is_pointwise
 from .squeeze_excite import SqueezeExcitation
 from .steps import Step, has_kernel, keeps_parameters, named_padding
@@ -58,6 +58,7 @@ class Stage(NamedTuple):
 class Gate(NamedTuple):
     """A squeeze-and-excitation."""
 
+    module: SqueezeExcitation
     fc1: nn.Conv2d
     squeeze: str
     fc2: nn.Conv2d
@@ -106,6 +107,8 @@ class TrainingBlock(Step):
         return y if residual is None else y + residual
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if runs_triton(x):
+            return self._by_layers(x, residual)
         if x.is_cpu and torch.is_autocast_enabled("cpu"):
             return self._under_autocast(x, residual)
         if not self._takes(x):
@@ -114,6 +117,24 @@ class TrainingBlock(Step):
         y = run_block(self.stages, x.contiguous(memory_format=torch.channels_last), self.adds_input)
         if not is_channels_last and not any(map(suggests_channels_last, (x, *(conv.weight for conv in self.convs)))):
             y = y.contiguous()
+        return y if residual is None else y + residual
+
+    def _by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """On a GPU: convolution, norm and activation, squeeze-and-excitation, each by its own kernels."""
+        y = x
+        for stage in self.stages:
+            if isinstance(stage, Gate):
+                y = stage.module(y)
+                continue
+            done = "none"
+            if stage.conv is not None:
+                y, done = stage.conv(y), getattr(stage.conv, "activation", "none")
+            if stage.norm is not None:
+                y = normalise(stage.norm, y, stage.activation)
+            elif stage.activation != done:
+                y = reference.ACTIVATIONS[stage.activation](y)
+        if self.adds_input:
+            y = y + x
         return y if residual is None else y + residual
 
     def _under_autocast(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -215,7 +236,7 @@ def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tu
         is_read = before and isinstance(before[-1], Stage) and (before[-1].norm or before[-1].activation != "none")
         if parts is None or not is_read or end == len(modules) or not _is_plain_pointwise(modules[end]):
             return None, end
-        return Gate(*parts), end
+        return Gate(module, *parts), end
     conv = norm = None
     activation = "none"
     if _is_trainable_conv(module):
