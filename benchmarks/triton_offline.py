@@ -174,7 +174,7 @@ def layers(dtype: torch.dtype, channels_last: bool, full: bool = True) -> Iterat
         yield (
             label,
             lambda x=x, w=w, g=geometry: triton_kernels.depthwise_conv2d(
-                x, w, vector(w.shape[0]), *g, "hardswish", with_sums=True
+                x, w, vector(w.shape[0]), *g, "hardswish", with_sums=channels_last
             ),
         )
         yield label, lambda x=x, w=w, y=y, g=geometry: triton_kernels.depthwise_conv2d_backward(y, x, w, *g)

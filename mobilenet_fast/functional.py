@@ -11,8 +11,8 @@ by at most 4 · n · eps times the sum of its terms' magnitudes. silu and sigmoi
 6e-16 (float64) of their value. On GPUs, float32 products of 1x1 convolutions are rounded to TF32 where
 ``torch.backends.cudnn.conv.fp32_precision`` lets PyTorch's own be.
 
-**Gradients.** On the CPU all have kernels for theirs, on GPUs `depthwise_conv2d` (of up to 49 taps; of more, cuDNN's)
-and `batch_norm_act`; those of the others, and second derivatives, come from the reference, which is computed again.
+**Gradients.** All have kernels for theirs, but on GPUs `pointwise_conv2d` and `depthwise_conv2d` of more than 49 taps,
+whose are cuDNN's. Second derivatives come from the reference, which is computed again.
 Kernels' gradients are deterministic, and on the CPU do not depend on the number of threads.
 
 **Autocast.** On the CPU the reference runs under it. On GPUs, the convolutions cast input, weight and gate to its

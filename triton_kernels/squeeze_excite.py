@@ -1,8 +1,8 @@
 """Squeeze-and-excitation: sums over pixels, two small layers, and the gate applied; and the sums of its gradients.
 
 A depthwise convolution that makes the sums itself (``with_sums``), and a pointwise convolution that applies the gate as
-it reads its input, leave only the two layers to do here; then no pass over the image is squeeze-and-excitation's own. The
-backward pass reads image and gradient once, for the sums of both, and then the gradient once more, by `epilogue`.
+it reads its input, leave only the two layers to do here; then no pass over the image is squeeze-and-excitation's own.
+The backward pass reads image and gradient once, for the sums of both, and then the gradient once more, by `epilogue`.
 """
 
 from __future__ import annotations

@@ -198,16 +198,15 @@ def depthwise_tile(
     so do 3×3 filters on the small ones of these. Of stride 2 it takes 2 × 2: with more rows it spills; in 16-bit types
     its programs are single warps, for which the compiler takes fewer registers. A thread has 16 bytes of
     each pixel where filter, stride and patch are small, else 4 channels: the inputs of a patch's column and the taps
-    take the registers. Of contiguous images it has 4 columns, or 2 of other types than float32, whose neighbours are
-    loaded one by one, of 7 rows: with 4 of float16 the compiler would rather spill than take the registers. Where there
-    would be fewer programs than multiprocessors, they are smaller.
+    take the registers. Of contiguous images it has 4 columns, whose neighbours are loaded one by one, of 7 rows, or 2
+    columns where 4 spill. Where there would be fewer programs than multiprocessors, they are smaller.
     """
     images, channels, height, width = out_shape
     tall = stride == (1, 1) and (not channels_last or (3 < max(kernel) <= 5 and itemsize < 8))
     large_and_apart = channels_last and max(kernel) > 3 and stride != (1, 1)
     if stride == (1, 1) and max(kernel) <= 5 and height in (7, 14) and itemsize < 8:
         tall = True
-    tallest = 5 if (max(kernel) > 3 and itemsize > 2) or chip.capability >= 100 else 7
+    tallest = 5 if (channels_last and max(kernel) > 3 and itemsize > 2) or chip.capability >= 100 else 7
     rows = _even(height, tallest if tall else 2 if large_and_apart else 4)
     strips = -(-height // rows)
     if channels_last:
@@ -224,7 +223,8 @@ def depthwise_tile(
             patches //= 2
         parts = -(-strips * -(-width // columns) // patches)
     else:
-        elements, columns = 4 if itemsize == 4 else 2, 1
+        spills = (max(kernel) > 3 and width % 2) or (itemsize == 2 and chip.capability >= 100)
+        elements, columns = 2 if itemsize == 8 or spills else 4, 1
         patches = fit(width, 4, 128)
         block_c = fit(channels, 1, max(1, 128 * elements // patches))
         parts = strips * -(-width // patches)

@@ -36,8 +36,9 @@ class Chained(nn.Module):
     hooks. Where no gradient is needed and batch norm uses its running statistics, a convolution with what follows is
     one call. Where gradients are needed, on the CPU, neighbouring depthwise and 1x1 convolutions, batch norms and
     activations are one function of autograd, which keeps what its convolutions gave and no more, in float32 under
-    autocast. Everything else, inference under autocast among it, runs module by module. Chains in chains become one,
-    which works on channels_last tensors whatever it takes and gives.
+    autocast; on GPUs batch norms take the activations behind them. Everything else, inference under autocast among it,
+    runs module by module. Chains in chains become one, which works on channels_last tensors whatever it takes and
+    gives.
     """
 
     def links(self) -> Links | None:
