@@ -12,7 +12,8 @@ by at most 4 · n · eps times the sum of its terms' magnitudes. silu and sigmoi
 ``torch.backends.cudnn.conv.fp32_precision`` lets PyTorch's own be.
 
 **Gradients.** All have kernels for theirs, but on GPUs `pointwise_conv2d` and `depthwise_conv2d` of more than 49 taps,
-whose are cuDNN's. Second derivatives come from the reference, which is computed again.
+whose are cuDNN's. Second derivatives come from the reference, which is computed again, and so do those of forward mode
+and `torch.func`'s.
 Kernels' gradients are deterministic, and on the CPU do not depend on the number of threads.
 
 **Autocast.** On the CPU the reference runs under it. On GPUs, the convolutions cast input, weight and gate to its
@@ -31,6 +32,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -247,17 +249,21 @@ def _cpp_serves(input: Tensor) -> bool:
         # Exported programs should run where this package is not; the operators know neither autocast nor forward mode.
         and not torch.compiler.is_exporting()
         and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0
+        and not _is_transformed()
     )
 
 
 def _triton_serves(input: Tensor) -> bool:
-    return (
-        input.is_cuda
-        and cuda.why_not(input) is None
-        and not torch.compiler.is_exporting()
-        and forward_ad._current_level < 0
-    )
+    return input.is_cuda and cuda.why_not(input) is None and not torch.compiler.is_exporting() and not _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Whether the call is differentiated as PyTorch's operators alone are: forwards, or by `torch.func`."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(level.key() == TransformType.Grad for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _is_observed(input: Tensor, operands: tuple[Tensor | None, ...]) -> bool:

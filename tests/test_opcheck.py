@@ -224,6 +224,26 @@ def test_forward_mode(operation):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+def test_functional_gradients(operation):
+    """`torch.func` knows no gradients of operators that are not PyTorch's own."""
+    args, run = arguments(operation, dtype=torch.float64, activation="silu"), function(operation)
+
+    def loss(x):
+        return run(x, *args[1:]).square().sum()
+
+    x = args[0].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(getattr(reference, operation)(x, *args[1:]).square().sum(), x)
+    inputs = torch.stack([args[0], args[0]])
+    for actual in (
+        torch.func.grad(loss)(args[0]),
+        torch.func.vjp(loss, args[0])[1](torch.ones((), dtype=torch.float64))[0],
+        torch.func.vmap(torch.func.grad(loss))(inputs)[1],
+        torch.func.grad(lambda x: torch.func.vmap(loss)(x).sum())(inputs)[0],
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_negative_views(operation):
     """A tensor can be minus what its memory holds."""
     args = arguments(operation)
