@@ -33,7 +33,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 # Exact types whose forward is known, so that a neighbour may do its work; ours, and replaced ones, add themselves.
-_KNOWN_TYPES: set[type] = {nn.Conv2d, nn.BatchNorm2d}
+_KNOWN_TYPES: set[type] = {nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d}
 
 
 def known(layer: type) -> type:

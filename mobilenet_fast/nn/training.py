@@ -9,6 +9,7 @@ and gathers the sums that the norm before it needs. docs/training.md says more.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from .squeeze_excite import SqueezeExcitation
 from .steps import Step, has_kernel, keeps_parameters, named_padding
 
 _ops = torch.ops.mobilenet_fast
+_STEM_WEIGHTS = 2**15
 
 
 class Stage(NamedTuple):
@@ -34,7 +36,8 @@ class Stage(NamedTuple):
     conv: nn.Conv2d | None = None
     norm: nn.BatchNorm2d | None = None
     activation: str = "none"
-    is_pointwise: bool = False
+    kind: str = ""
+    """of the convolution: "pointwise", "depthwise", "dense", or nothing where there is none"""
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
@@ -44,7 +47,7 @@ class Stage(NamedTuple):
         return () if self.norm is None else (self.norm.running_mean, self.norm.running_var)
 
     def geometry(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
-        """Stride, padding and dilation of a depthwise convolution of x."""
+        """Stride, padding and dilation of a convolution of x that is not pointwise."""
         conv = self.conv
         if isinstance(conv, Conv2dSame):
             padding = conv.same_padding(x)
@@ -53,6 +56,10 @@ class Stage(NamedTuple):
         else:
             padding = conv.padding
         return conv.stride, padding, conv.dilation
+
+    @property
+    def is_linear(self) -> bool:
+        return self.norm is None and self.activation == "none"
 
 
 class Gate(NamedTuple):
@@ -65,6 +72,21 @@ class Gate(NamedTuple):
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+
+    def statistics(self) -> tuple[Tensor | None, ...]:
+        return ()
+
+
+class Pool(NamedTuple):
+    """`F.max_pool2d` with these arguments."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return ()
 
     def statistics(self) -> tuple[Tensor | None, ...]:
         return ()
@@ -93,7 +115,7 @@ class TrainingBlock(Step):
 
     fuses = True
 
-    def __init__(self, stages: list[Stage | Gate], modules: list[nn.Module], adds_input: bool = False) -> None:
+    def __init__(self, stages: list[Stage | Gate | Pool], modules: list[nn.Module], adds_input: bool = False) -> None:
         super().__init__(*modules)
         self.stages, self.adds_input = stages, adds_input
         self.convs = [stage.conv for stage in stages if isinstance(stage, Stage) and stage.conv is not None]
@@ -153,8 +175,8 @@ def why_not_trained(module: nn.Module) -> str:
             return "it has a bias"
         if is_depthwise(module) and module.out_channels != module.in_channels:
             return "it has a channel multiplier"
-        if not (is_pointwise(module) or is_depthwise(module)):
-            return "it is neither depthwise nor 1x1"
+        if not (is_pointwise(module) or is_depthwise(module) or _is_small_dense(module)):
+            return "it is neither depthwise nor 1x1 nor small"
         if not has_kernel(module):
             return "no kernel has its padding or its parameters"
     elif is_known(module, nn.BatchNorm2d):
@@ -167,7 +189,7 @@ def why_not_trained(module: nn.Module) -> str:
     return f"{kind.__name__} is not known"
 
 
-def run_block(stages: list[Stage | Gate], x: Tensor, adds_input: bool) -> Tensor:
+def run_block(stages: list[Stage | Gate | Pool], x: Tensor, adds_input: bool) -> Tensor:
     """The stages one after another, plus x if ``adds_input``; x is channels_last."""
     parameters = [p for stage in stages for p in stage.parameters()]
     return _Block.apply(stages, adds_input, x, *parameters)
@@ -179,7 +201,7 @@ def training_parts(modules: list[nn.Module | Step]) -> list[Step]:
     A norm or an activation that follows no convolution begins a block: what it reads is kept in any case.
     """
     parts: list[Step] = []
-    stages: list[Stage | Gate] = []
+    stages: list[Stage | Gate | Pool] = []
     used: list[nn.Module] = []
 
     def close() -> None:
@@ -205,7 +227,7 @@ def training_parts(modules: list[nn.Module | Step]) -> list[Step]:
     return parts
 
 
-def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tuple[Stage | Gate | None, int]:
+def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tuple[Stage | Gate | Pool | None, int]:
     """The stage that begins with modules[start], and where the next begins; None if there is none."""
     module, end = modules[start], start + 1
     if isinstance(module, Step):
@@ -216,9 +238,14 @@ def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tu
         if parts is None or not is_read or end == len(modules) or not _is_plain_pointwise(modules[end]):
             return None, end
         return Gate(*parts), end
+    if is_known(module, nn.MaxPool2d):
+        follows = before and isinstance(before[-1], Stage)
+        plain = not (module.ceil_mode or module.return_indices)
+        return (Pool(*map(reference.pair, _window(module))) if follows and plain else None), end
     conv = norm = None
     activation = "none"
-    if _is_trainable_conv(module):
+    kind = _kind(module)
+    if kind:
         conv, activation = module, getattr(module, "activation", "none")
         if activation == "none" and end < len(modules) and _is_trainable_norm(modules[end]):
             norm = modules[end]
@@ -234,17 +261,36 @@ def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tu
         if follows is not None:
             activation = follows
             end += 1
-    return Stage(conv, norm, activation, conv is not None and is_pointwise(conv)), end
+    return Stage(conv, norm, activation, kind), end
+
+
+def _window(pool: nn.MaxPool2d) -> tuple:
+    return pool.kernel_size, pool.stride, pool.padding, pool.dilation
 
 
 def _is_plain_pointwise(module) -> bool:
-    return not isinstance(module, Step) and _is_trainable_conv(module) and is_pointwise(module)
+    return not isinstance(module, Step) and _kind(module) == "pointwise"
 
 
-def _is_trainable_conv(conv: nn.Module) -> bool:
-    if not (is_known(conv, nn.Conv2d) and has_kernel(conv) and conv._parameters["bias"] is None):
+def _kind(conv: nn.Module) -> str:
+    """What kind of stage the convolution makes; empty if it makes none."""
+    if not (is_known(conv, nn.Conv2d) and keeps_parameters(conv) and conv._parameters["bias"] is None):
+        return ""
+    if not has_kernel(conv):
+        return "dense" if _is_small_dense(conv) else ""
+    if is_pointwise(conv):
+        return "pointwise"
+    return "depthwise" if is_depthwise(conv) and conv.out_channels == conv.in_channels else ""
+
+
+def _is_small_dense(conv: nn.Conv2d) -> bool:
+    """Whether it is a stem, whose cost is in its images, or a strided 1x1 convolution. Larger ones are PyTorch's."""
+    if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or is_pointwise(conv):
         return False
-    return is_pointwise(conv) or (is_depthwise(conv) and conv.out_channels == conv.in_channels)
+    reach = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    if any(p > r for p, r in zip(conv.padding, reach, strict=True)):
+        return False
+    return not any(reach) or math.prod((conv.out_channels, conv.in_channels, *conv.kernel_size)) <= _STEM_WEIGHTS
 
 
 def _is_trainable_norm(norm: nn.Module) -> bool:
@@ -263,13 +309,16 @@ class _Block(torch.autograd.Function):
         tensors: list[Tensor | None] = [x, *parameters]
         position = 0
         ctx.by_batch = []
-        for stage in stages:
+        for i, stage in enumerate(stages):
             operands = parameters[position : position + len(stage.parameters())]
             position += len(operands)
             if isinstance(stage, Gate):
                 gate, kept = _excite(stage, reading, *operands)
                 reading = reading._replace(gate=gate)
                 tensors += kept
+            elif isinstance(stage, Pool):
+                reading = Reading(_ops.max_pool2d_forward(*reading[:3], *stage))
+                tensors.append(None if stage is stages[-1] else reading.x)
             else:
                 y, statistics = _convolve(stage, reading, operands[0])
                 norm = None
@@ -279,8 +328,7 @@ class _Block(torch.autograd.Function):
                     tensors += norm[:3]
                 folded = cpu.plus(None, y) if norm is None and stage.activation != "none" else norm and norm.folded
                 reading = Reading(y, folded, stage.activation)
-                # The last convolution's output is needed for its norm and activation alone.
-                tensors += (None if folded is None and stage is stages[-1] else y, folded)
+                tensors += (y if _is_kept(stages, i) else None, folded)
         ctx.save_for_backward(*tensors)
         ctx.stages, ctx.adds_input = stages, adds_input
         residual = x if adds_input else None
@@ -311,6 +359,10 @@ class _Block(torch.autograd.Function):
                 kept.append(tensors[:4])
                 readings.append(readings[-1]._replace(gate=tensors[3]))
                 tensors = tensors[4:]
+            elif isinstance(stage, Pool):
+                kept.append(None)
+                readings.append(Reading(tensors[0]))
+                tensors = tensors[1:]
             else:
                 norm = None
                 if stage.norm is not None:
@@ -338,6 +390,13 @@ class _Block(torch.autograd.Function):
                 pooled, found = _excite_backward(stage, mine, pooled, operands[i], output.x)
                 grads[position : position + 4] = [g if w else None for g, w in zip(found, wanted, strict=True)]
                 continue
+            before, first = readings[-1], i == 0
+            previous = None if first or isinstance(stages[i - 1], Gate) else kept[i - 1]
+            mean = None if previous is None else previous.mean
+            if isinstance(stage, Pool):
+                grad, sums = _ops.max_pool2d_gradients(grad, *before[:3], mean, *stage)
+                sums, gate, pooled, applied = None if mean is None else sums, None, None, True
+                continue
             norm: Normalised | None = mine
             behind = (None, "none", None, None) if applied else (output.folded, output.activation, gate, pooled)
             coefficients = None
@@ -349,32 +408,36 @@ class _Block(torch.autograd.Function):
                 grads[position + 1] = grad_gamma if wanted[1] else None
                 grads[position + 2] = sums[0] if wanted[2] else None
             gate = pooled = sums = None
-            before, first = readings[-1], i == 0
             need_input = needed[0] if first else True
             if stage.conv is None:
                 if need_input and not (applied and norm is None):
                     grad = _ops.batch_norm_gradient(grad, output.x, *behind, coefficients)
                 continue
-            previous = None if first or isinstance(stages[i - 1], Gate) else kept[i - 1]
-            mean = None if previous is None else previous.mean
+            if before.x is None:  # a depthwise convolution's output, which was not kept
+                before = Reading(_convolve(stages[i - 1], readings[-2], operands[i - 1][0])[0])
             at_y = grad, output.x, *behind, coefficients
-            if stage.is_pointwise:
+            if stage.kind == "pointwise":
                 fused = added if first else None
                 grad, grads[position], sums, pooled = _ops.pointwise_conv2d_gradients(
                     *at_y, *before, mean, operands[i][0], fused, need_input, wanted[0]
                 )
                 if fused is not None:
                     added = None
+            elif stage.kind == "dense":
+                grad, grads[position], sums, pooled = _ops.conv2d_gradients(
+                    *at_y, *before, mean, operands[i][0], *stage.geometry(before.x), need_input, wanted[0]
+                )
             else:
                 grad, grads[position], sums, pooled = _ops.depthwise_conv2d_gradients(
                     *at_y, *before[:3], mean, operands[i][0], *stage.geometry(before.x), need_input, wanted[0]
                 )
             if not wanted[0]:
                 grads[position] = None
-            del at_y
-            applied = before.gate is None
+            del at_y, before
+            is_gated = readings[-1].gate is not None
+            applied = not is_gated
             sums = None if mean is None else sums
-            pooled = None if before.gate is None else pooled
+            pooled = pooled if is_gated else None
         if not needed[0]:
             grad = None
         elif added is not None:
@@ -396,9 +459,14 @@ def _differentiable_gradients(ctx, needed, grad, x, parameters, tensors) -> tupl
                 z = reference.squeeze_excite(z, weight1, bias1, weight2, bias2, stage.squeeze, stage.gate)
                 tensors = tensors[4:]
                 continue
+            if isinstance(stage, Pool):
+                z, tensors = F.max_pool2d(z, *stage), tensors[1:]
+                continue
             weight, gamma, beta = mine
-            if stage.is_pointwise:
+            if stage.kind == "pointwise":
                 z = F.conv2d(z, weight)
+            elif stage.kind == "dense":
+                z = F.conv2d(z, weight, None, *stage.geometry(z))
             elif stage.conv is not None:
                 z = reference.depthwise_conv2d(z, weight, None, *stage.geometry(z))
             if stage.norm is not None:
@@ -418,11 +486,26 @@ def _differentiable_gradients(ctx, needed, grad, x, parameters, tensors) -> tupl
     return tuple(next(found) if need else None for need in needed)
 
 
+def _is_kept(stages: list[Stage | Gate | Pool], i: int) -> bool:
+    """Whether the backward pass finds what the convolution gave.
+
+    Its norm and activation need it, and the weight of the next stage. Where there is no more than that weight, as in
+    Xception's separable convolutions, a depthwise convolution is computed again.
+    """
+    stage = stages[i]
+    if i + 1 == len(stages) or not stage.is_linear:
+        return not stage.is_linear
+    after = stages[i + 1]
+    return stage.kind != "depthwise" or not (isinstance(after, Stage) and after.kind == "pointwise")
+
+
 def _convolve(stage: Stage, reading: Reading, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if stage.conv is None:
         return reading.x, None
-    if stage.is_pointwise:
+    if stage.kind == "pointwise":
         return _ops.pointwise_conv2d_forward(*reading, weight)
+    if stage.kind == "dense":
+        return _ops.conv2d_forward(*reading, weight, *stage.geometry(reading.x))
     return _ops.depthwise_conv2d_forward(*reading[:3], weight, *stage.geometry(reading.x))
 
 
