@@ -165,6 +165,24 @@ def _(x, folded, activation, weight, stride, padding, dilation):
     return _image(x, x.size(1), *map_size), x.new_empty((2, x.size(1)))
 
 
+@torch.library.register_fake("mobilenet_fast::conv2d_forward")
+def _(x, folded, activation, gate, weight, stride, padding, dilation):
+    sides = reference.each_side(reference.pair(padding))
+    map_size = map(reference.conv_output_size, x.shape[2:], weight.shape[2:], stride, sides, dilation)
+    return _image(x, weight.size(0), *map_size), x.new_empty((2, weight.size(0)))
+
+
+@torch.library.register_fake("mobilenet_fast::max_pool2d_forward")
+def _(x, folded, activation, kernel_size, stride, padding, dilation):
+    sides = reference.each_side(reference.pair(padding))
+    return _image(x, x.size(1), *map(reference.conv_output_size, x.shape[2:], kernel_size, stride, sides, dilation))
+
+
+@torch.library.register_fake("mobilenet_fast::converted")
+def _(x, dtype):
+    return _image(x, *x.shape[1:]).to(dtype)
+
+
 @torch.library.register_fake("mobilenet_fast::batch_norm_statistics")
 def _(x):
     return x.new_empty((2, x.size(1)))
@@ -233,6 +251,35 @@ def _(
     need_weight,
 ):
     return _conv_gradients(x, None, mean, weight, need_input, need_weight)
+
+
+@torch.library.register_fake("mobilenet_fast::conv2d_gradients")
+def _(
+    grad,
+    y,
+    y_folded,
+    y_activation,
+    y_gate,
+    y_pooled,
+    coefficients,
+    x,
+    folded,
+    activation,
+    gate,
+    mean,
+    weight,
+    stride,
+    padding,
+    dilation,
+    need_input,
+    need_weight,
+):
+    return _conv_gradients(x, gate, mean, weight, need_input, need_weight)
+
+
+@torch.library.register_fake("mobilenet_fast::max_pool2d_gradients")
+def _(grad, x, folded, activation, mean, kernel_size, stride, padding, dilation):
+    return _image(x, *x.shape[1:]), x.new_empty((2, x.size(1)) if mean is not None else 0)
 
 
 def _conv_gradients(x, gate, mean, weight, need_input, need_weight):

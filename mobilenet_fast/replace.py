@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import nn as fast
 from .nn.depthwise import is_depthwise
 from .nn.dispatch import activation_name, activation_of, known, unhooked
-from .nn.fusion import Chained, Links
+from .nn.fusion import PLANS, Chained, Links, run_chain
 from .nn.pointwise import is_pointwise
 
 __all__ = ["Replacement", "replace_layers", "restore_layers"]
@@ -50,7 +50,8 @@ def replace_layers(
     Replaced are depthwise and 1x1 `nn.Conv2d`, `nn.BatchNorm2d`, and `nn.Sequential` with any subclass that leaves
     its forward alone (it becomes a `FusedSequential`, which runs convolution, batch norm and activation as one kernel
     call); torchvision's `SqueezeExcitation`; timm's `BatchNormAct2d`, `Conv2dSame`, `SqueezeExcite` and `SEModule`; the
-    blocks of both's EfficientNets and MobileNets, and timm's Xception. What gains is inference under `torch.no_grad` or
+    blocks of both's EfficientNets and MobileNets, and timm's Xception; of timm's networks of these kinds all before
+    the head is one chain. What gains is inference under `torch.no_grad` or
     `torch.inference_mode` on tensors that `mobilenet_fast.functional` has kernels for, and training: on the CPU in
     float32 and float64, of whole blocks, in time and memory; on GPUs that of depthwise convolutions. Other training,
     other devices and export run as before.
@@ -117,8 +118,9 @@ def restore_layers(model: nn.Module) -> nn.Module:
             )
     for _, module in replaced:
         module.__class__ = type(module).stock_class
-        for plan in ("_plan", "_training_plan"):
+        for plan in PLANS:
             vars(module).pop(plan, None)
+            vars(module).pop(_SHORTCUT + plan, None)
     return model
 
 
@@ -245,6 +247,46 @@ class Block(Chained):
         return super(Chained, self).forward(input)
 
 
+_SHORTCUT = "_shortcut"
+
+
+class XceptionBlock(Block):
+    """A block of timm's Xception: separable convolutions, plus the input or a strided 1x1 convolution of it."""
+
+    def links(self) -> Links | None:
+        return None if self.skip is not None else Links([self.rep], True)
+
+    def shortcut(self) -> Links:
+        return Links([self.skip, self.skipbn])
+
+    def chains(self) -> list[Links]:
+        return super().chains() if self.skip is None else [Links([self.rep]), self.shortcut()]
+
+    def plain_forward(self, input):
+        if self.skip is None:
+            return super().plain_forward(input)
+        return self.rep(input) + run_chain(self, self.shortcut, self.plain_shortcut, input, _SHORTCUT)
+
+    def plain_shortcut(self, input):
+        return self.skipbn(self.skip(input))
+
+
+class Network(nn.Module):
+    """A network whose ``forward_features`` runs its children one after another."""
+
+    def chains(self) -> list[Links]:
+        links = self.features()
+        return [] if links is None else [links]
+
+    def features(self) -> Links | None:
+        names = _NETWORKS[_qualified_name(self.stock_class)]
+        checkpoints = vars(self).get("grad_checkpointing", False)
+        return None if checkpoints else Links([self._modules[name] for name in names])
+
+    def forward_features(self, x):
+        return run_chain(self, self.features, super().forward_features, x)
+
+
 def _passes_through(drop_path: nn.Module | None) -> bool:
     if drop_path is None:
         return True
@@ -286,6 +328,18 @@ _BLOCKS = {
 }
 
 
+_STEM = ("conv_stem", "bn1", "blocks")
+_NETWORKS = {
+    "timm.models.efficientnet.EfficientNet": (*_STEM, "conv_head", "bn2"),
+    "timm.models.mobilenetv3.MobileNetV3": _STEM,
+    "timm.models.xception.Xception": (
+        *("conv1", "bn1", "act1", "conv2", "bn2", "act2"),
+        *(f"block{i}" for i in range(1, 13)),
+        *("conv3", "bn3", "act3", "conv4", "bn4", "act4"),
+    ),
+}
+
+
 @functools.cache
 def _qualified_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -296,6 +350,21 @@ def _faster_block(block: nn.Module) -> tuple[type[nn.Module] | None, str]:
     names, *others = _BLOCKS[_qualified_name(type(block))]
     read = [name for name in type(block).forward.__code__.co_names if name not in (*others, "getattr")]
     return (Block, "") if read == list(names) else (None, "")
+
+
+def _faster_xception_block(block: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    return (XceptionBlock, "") if type(block).forward.__code__.co_names == ("rep", "skip", "skipbn") else (None, "")
+
+
+def _faster_network(network: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    kind = type(network)
+    called = _called(kind.forward_features.__code__)
+    return (Network, "") if called == _NETWORKS[_qualified_name(kind)] else (None, "")
+
+
+def _called(code) -> tuple[str, ...]:
+    others = ("grad_checkpointing", "torch", "jit", "is_scripting", "checkpoint_seq")
+    return tuple(name for name in code.co_names if name not in others)
 
 
 def _faster_squeeze_excite(layer: type[nn.Module]) -> Callable[[nn.Module], tuple[type[nn.Module] | None, str]]:
@@ -314,5 +383,7 @@ _BY_NAME: dict[str, Callable[[nn.Module], tuple[type[nn.Module] | None, str]]] =
     "timm.layers.conv2d_same.Conv2dSame": lambda conv: (fast.Conv2dSame, "") if is_depthwise(conv) else (None, ""),
     "timm.layers.squeeze_excite.SEModule": _faster_squeeze_excite(SEModule),
     "timm.models._efficientnet_blocks.SqueezeExcite": _faster_squeeze_excite(SqueezeExcite),
+    "timm.models.xception.Block": _faster_xception_block,
     **dict.fromkeys(_BLOCKS, _faster_block),
+    **dict.fromkeys(_NETWORKS, _faster_network),
 }

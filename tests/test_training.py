@@ -298,6 +298,35 @@ def test_a_block_keeps_little(monkeypatch):
     assert ours <= 0.45 * stock
 
 
+def test_bfloat16_is_kept_under_autocast(monkeypatch):
+    module = fast.InvertedResidual(40, 120, 40, 5, squeeze_channels=32)
+    wide = saved_bytes(module, image(4, 40, 28, 28))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = saved_bytes(module, image(4, 40, 28, 28, dtype=torch.bfloat16))
+        with monkeypatch.context() as patch:
+            stock = saved_bytes(plain(module, patch), image(4, 40, 28, 28, dtype=torch.bfloat16))
+    assert ours <= 0.55 * wide and ours <= 0.45 * stock
+    with torch.autocast("cpu", torch.float16):
+        assert saved_bytes(module, image(4, 40, 28, 28, dtype=torch.float16)) > 0.9 * wide
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_second_derivatives_under_autocast(dtype, monkeypatch):
+    module = fast.FusedSequential(
+        nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.SiLU(), fast.DepthwiseConv2d(16, 16, 3, bias=False)
+    )
+    results = []
+    for patched in (False, True):
+        x = image(dtype=dtype).requires_grad_()
+        with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+            y = (plain(module, patch) if patched else module)(x)
+        (grad,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(grad.float().square().sum(), x)[0])
+    assert results[0].dtype == results[1].dtype == dtype
+    error = (results[0].double() - results[1].double()).norm()
+    assert error <= 0.1 * results[1].double().norm()
+
+
 def trainable(name):
     torch.manual_seed(0)
     return randomised(getattr(mobilenet_fast.models, name)(num_classes=5, dropout=0.0))
@@ -367,6 +396,7 @@ def test_opcheck():
         (ops.pointwise_conv2d_forward, (x, folded, "relu", gate, weight)),
         (ops.depthwise_conv2d_forward, (x, folded, "relu", filters, *geometry)),
         (ops.batch_norm_statistics, (x,)),
+        (ops.converted, (x, torch.bfloat16)),
         (ops.batch_norm_apply, (x, folded, "silu", gate, x)),
         (ops.batch_norm_pixel_sums, (x, folded, "silu", None)),
         (ops.batch_norm_pixel_sums, (x, folded, "silu", x)),

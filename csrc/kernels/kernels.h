@@ -89,6 +89,19 @@ struct PoolArgs {
   int64_t divisor;
 };
 
+// The gradient of a maximum: to `x_grad`, which lies as x does, that of each output of the rows [row_begin, row_end) is
+// added at the first pixel of its window that holds the largest value, or a NaN.
+template <class T>
+struct MaxPoolGradArgs {
+  const T* x;
+  T* x_grad;
+  int64_t x_row_stride, x_pixel_stride, height, width;
+  const T* grad;
+  int64_t grad_row_stride, grad_pixel_stride, row_begin, row_end, out_width;
+  int64_t channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+};
+
 // y[m, c] = activation(x[m, c] * scale[c] + shift[c]) over `rows` pixels. Without `scale` it is 1; without `shift` it
 // is -0, which changes no number.
 template <class T>
@@ -197,6 +210,7 @@ struct Kernels {
   void (*depthwise_conv2d_input_grad)(const DepthwiseGradArgs<T>&);
   void (*depthwise_conv2d_weight_grad)(const DepthwiseGradArgs<T>&);
   void (*pool2d)(const PoolArgs<T>&);
+  void (*max_pool2d_grad)(const MaxPoolGradArgs<T>&);
   void (*winograd_input)(const WinogradArgs<T>&);
   void (*winograd_output)(const WinogradArgs<T>&);
   void (*scale_shift_act)(const ScaleShiftArgs<T>&);

@@ -134,6 +134,61 @@ void pool2d(const PoolArgs<T>& p) {
   return p.mean ? pool_rows<T, true>(p) : pool_rows<T, false>(p);
 }
 
+// One output pixel: the taps of its window that are inside the image, from x on. They are read twice, for the largest
+// value, and for where it is.
+template <class T, bool kTail>
+inline void max_pool_grad_pixel(const MaxPoolGradArgs<T>& p, const T* x, T* x_grad, int64_t rows, int64_t columns,
+                                const T* grad, int n) {
+  using V = Vec<T>;
+  const int64_t row_stride = p.dilation_h * p.x_row_stride, pixel_stride = p.dilation_w * p.x_pixel_stride;
+  const auto zero = V::set1(0);
+  auto largest = load<T, kTail>(x, n);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      largest = V::max_nan(largest, load<T, kTail>(x + row * row_stride + column * pixel_stride, n));
+    }
+  }
+  auto left = load<T, kTail>(grad, n);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t at = row * row_stride + column * pixel_stride;
+      const auto value = load<T, kTail>(x + at, n);
+      // A NaN is no less or equal to itself.
+      const auto here = V::select_le(largest, value, left, V::select_le(value, value, zero, left));
+      left = V::select_le(largest, value, zero, V::select_le(value, value, left, zero));
+      store<T, kTail>(x_grad + at, V::add(load<T, kTail>(x_grad + at, n), here), n);
+    }
+  }
+}
+
+template <class T>
+void max_pool2d_grad(const MaxPoolGradArgs<T>& p) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  for (int64_t oy = p.row_begin; oy < p.row_end; ++oy) {
+    const int64_t top = oy * p.stride_h - p.pad_top;
+    // Taps [y0, y1) of the window are inside the image.
+    const int64_t y0 = top < 0 ? (-top + p.dilation_h - 1) / p.dilation_h : 0;
+    const int64_t rows_left = (p.height - top + p.dilation_h - 1) / p.dilation_h;
+    const int64_t y1 = rows_left < p.kernel_h ? rows_left : p.kernel_h;
+    for (int64_t ox = 0; ox < p.out_width; ++ox) {
+      const int64_t left = ox * p.stride_w - p.pad_left;
+      const int64_t x0 = left < 0 ? (-left + p.dilation_w - 1) / p.dilation_w : 0;
+      const int64_t columns_left = (p.width - left + p.dilation_w - 1) / p.dilation_w;
+      const int64_t x1 = columns_left < p.kernel_w ? columns_left : p.kernel_w;
+      const int64_t at = (top + y0 * p.dilation_h) * p.x_row_stride + (left + x0 * p.dilation_w) * p.x_pixel_stride;
+      const T* grad = p.grad + oy * p.grad_row_stride + ox * p.grad_pixel_stride;
+      int64_t c = 0;
+      for (; c + kLanes <= p.channels; c += kLanes) {
+        max_pool_grad_pixel<T, false>(p, p.x + at + c, p.x_grad + at + c, y1 - y0, x1 - x0, grad + c, kLanes);
+      }
+      if (c < p.channels) {
+        max_pool_grad_pixel<T, true>(p, p.x + at + c, p.x_grad + at + c, y1 - y0, x1 - x0, grad + c,
+                                     static_cast<int>(p.channels - c));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace MF_ISA
 }  // namespace mobilenet_fast

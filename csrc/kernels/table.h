@@ -17,6 +17,7 @@ static Kernels<T> table(Isa isa) {
           depthwise_conv2d_input_grad<T>,
           depthwise_conv2d_weight_grad<T>,
           pool2d<T>,
+          max_pool2d_grad<T>,
           winograd_input<T>,
           winograd_output<T>,
           scale_shift_act<T>,

@@ -140,6 +140,23 @@ at::Tensor pack_conv2d_as(const at::Tensor& weight, const OptionalTensor& bias, 
   const OptionalTensor factors = dense(scale);
   const T* factor = data_or_null<T>(factors);
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / (depth * k.panel_vectors * k.lanes));
+  // The transpose of a matrix: a panel's rows are pieces of its rows.
+  if (taps == 1 && depth > 1 && weight.stride(0) == 1 && weight.stride(1) >= columns && !scale.has_value()) {
+    const T* source = weight.const_data_ptr<T>();
+    at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t column = panel_first_vector(p, panels, vectors) * k.lanes;
+        const int64_t width = std::min(panel_first_vector(p + 1, panels, vectors) * k.lanes, packed_columns) - column;
+        const int64_t filled = std::min(width, columns - column);
+        T* row = out + padded + column * depth;
+        for (int64_t i = 0; i < depth; ++i, row += width) {
+          std::copy_n(source + i * weight.stride(1) + column, filled, row);
+          std::fill_n(row + filled, width - filled, T(0));
+        }
+      }
+    });
+    return packed;
+  }
   const auto pack = [&](const at::Tensor& rows, T* target) {
     const T* source = rows.const_data_ptr<T>();
     at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {

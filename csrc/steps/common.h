@@ -126,11 +126,14 @@ struct Window {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
 };
 
-// What a depthwise convolution's arguments say, checked. Padding of four values is top, bottom, left, right.
+// What a depthwise convolution's (or any window's) arguments say, checked. Padding of four values is top, bottom, left,
+// right.
 struct DepthwiseGeometry {
   Window window;
   int64_t out_h, out_w;
 };
+DepthwiseGeometry window_geometry(const char* operation, const at::Tensor& input, at::IntArrayRef kernel_size,
+                                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation);
 DepthwiseGeometry depthwise_geometry(const char* operation, const at::Tensor& input, const at::Tensor& weight,
                                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation);
 

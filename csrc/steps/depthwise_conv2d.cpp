@@ -94,15 +94,9 @@ std::unique_ptr<Step> make_depthwise_conv2d(Isa isa, ImageShape x_shape, ImageSh
   });
 }
 
-DepthwiseGeometry depthwise_geometry(const char* operation, const at::Tensor& input, const at::Tensor& weight,
-                                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
-  const int64_t c = input.size(1), h = input.size(2), w = input.size(3);
-  check_tensor(operation, "weight", weight, input.scalar_type(), 4);
-  const int64_t k = weight.size(0);
-  TORCH_CHECK_VALUE(weight.size(1) == 1 && k > 0 && k % c == 0, operation, ": weight must be (C, 1, kH, kW) with C=", c,
-                    " (or a multiple), got ", shape_string(weight.sizes()));
-  TORCH_CHECK_VALUE(weight.size(2) > 0 && weight.size(3) > 0, operation,
-                    ": weight must have kH and kW of at least 1, got ", shape_string(weight.sizes()));
+DepthwiseGeometry window_geometry(const char* operation, const at::Tensor& input, at::IntArrayRef kernel_size,
+                                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const int64_t h = input.size(2), w = input.size(3);
   // Sizes computed from such numbers stay far from where 64 bits end.
   constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
   const auto pair = [&](const char* name, at::IntArrayRef values, int64_t least) {
@@ -114,6 +108,7 @@ DepthwiseGeometry depthwise_geometry(const char* operation, const at::Tensor& in
                       shape_string(values));
     return both;
   };
+  const auto [kernel_h, kernel_w] = pair("kernel_size", kernel_size, 1);
   const auto [stride_h, stride_w] = pair("stride", stride, 1);
   const auto [dilation_h, dilation_w] = pair("dilation", dilation, 1);
   // Four values pad each side by its own: top, bottom, left, right.
@@ -121,13 +116,25 @@ DepthwiseGeometry depthwise_geometry(const char* operation, const at::Tensor& in
   const auto [pad_top, pad_left] = pair("padding", each_side ? at::IntArrayRef{padding[0], padding[2]} : padding, 0);
   const auto [pad_bottom, pad_right] =
       pair("padding", each_side ? at::IntArrayRef{padding[1], padding[3]} : padding, 0);
-  const int64_t reach_h = dilation_h * (weight.size(2) - 1) + 1, reach_w = dilation_w * (weight.size(3) - 1) + 1;
+  const int64_t reach_h = dilation_h * (kernel_h - 1) + 1, reach_w = dilation_w * (kernel_w - 1) + 1;
   const int64_t padded_h = pad_top + h + pad_bottom, padded_w = pad_left + w + pad_right;
   TORCH_CHECK_VALUE(reach_h <= padded_h && reach_w <= padded_w, operation,
                     ": the dilated kernel must fit into the padded input ", shape_string({padded_h, padded_w}),
                     ", got ", shape_string({reach_h, reach_w}));
-  const Window window{weight.size(2), weight.size(3), stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w};
+  const Window window{kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w};
   return {window, (padded_h - reach_h) / stride_h + 1, (padded_w - reach_w) / stride_w + 1};
+}
+
+DepthwiseGeometry depthwise_geometry(const char* operation, const at::Tensor& input, const at::Tensor& weight,
+                                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  const int64_t c = input.size(1);
+  check_tensor(operation, "weight", weight, input.scalar_type(), 4);
+  const int64_t k = weight.size(0);
+  TORCH_CHECK_VALUE(weight.size(1) == 1 && k > 0 && k % c == 0, operation, ": weight must be (C, 1, kH, kW) with C=", c,
+                    " (or a multiple), got ", shape_string(weight.sizes()));
+  TORCH_CHECK_VALUE(weight.size(2) > 0 && weight.size(3) > 0, operation,
+                    ": weight must have kH and kW of at least 1, got ", shape_string(weight.sizes()));
+  return window_geometry(operation, input, weight.sizes().slice(2), stride, padding, dilation);
 }
 
 at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,

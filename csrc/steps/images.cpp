@@ -1,3 +1,4 @@
+#include <ATen/core/grad_mode.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -112,10 +113,10 @@ class ImageMemory {
 namespace {
 
 // No view of another tensor, which could not be written to in place where it leaves a function of autograd.
-at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const at::Tensor& like) {
+at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const at::TensorOptions& like) {
   constexpr size_t kLarge = size_t{1} << 20;
-  const at::TensorOptions options = like.options().requires_grad(false);
-  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * like.element_size();
+  const at::TensorOptions options = like.requires_grad(false);
+  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
   const size_t taken = ImageMemory::rounded(bytes);
   char* const data = bytes < kLarge ? nullptr : ImageMemory::instance().take(taken);
   if (data == nullptr) return at::empty_strided(sizes, strides, options);
@@ -125,14 +126,25 @@ at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const a
   return at::from_blob(data, sizes, strides, give_back, options);
 }
 
-}  // namespace
-
-at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::Tensor& like) {
+at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& like) {
   const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
   return empty_strided(sizes, {h * w * c, 1, w * c, c}, like);
 }
 
-at::Tensor empty_for_now(int64_t elements, const at::Tensor& like) { return empty_strided({elements}, {1}, like); }
+}  // namespace
+
+at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::Tensor& like) {
+  return empty_channels_last(sizes, like.options());
+}
+
+at::Tensor empty_for_now(int64_t elements, const at::Tensor& like) {
+  return empty_strided({elements}, {1}, like.options());
+}
+
+at::Tensor converted(const at::Tensor& image, at::ScalarType dtype) {
+  const at::NoGradGuard no_grad;
+  return empty_channels_last(image.sizes(), image.options().dtype(dtype)).copy_(image);
+}
 
 void release_images() { ImageMemory::instance().release(); }
 

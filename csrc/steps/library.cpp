@@ -65,6 +65,20 @@ std::tuple<at::Tensor, at::Tensor> depthwise_conv2d_forward_op(const at::Tensor&
                                   stride, padding, dilation);
 }
 
+std::tuple<at::Tensor, at::Tensor> conv2d_forward_op(const at::Tensor& x, const OptionalTensor& folded,
+                                                     c10::string_view activation, const OptionalTensor& gate,
+                                                     const at::Tensor& weight, at::IntArrayRef stride,
+                                                     at::IntArrayRef padding, at::IntArrayRef dilation) {
+  return conv2d_forward(x, read_as("conv2d_forward", folded, activation, gate), weight, stride, padding, dilation);
+}
+
+at::Tensor max_pool2d_forward_op(const at::Tensor& x, const OptionalTensor& folded, c10::string_view activation,
+                                 at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                                 at::IntArrayRef dilation) {
+  return max_pool2d_forward(x, read_as("max_pool2d_forward", folded, activation, std::nullopt), kernel_size, stride,
+                            padding, dilation);
+}
+
 at::Tensor batch_norm_apply_op(const at::Tensor& x, const at::Tensor& folded, c10::string_view activation,
                                const OptionalTensor& gate, const OptionalTensor& residual) {
   return batch_norm_apply(x, read_as("batch_norm_apply", folded, activation, gate), residual);
@@ -118,6 +132,31 @@ Results depthwise_conv2d_gradients_op(const at::Tensor& grad, const OptionalTens
       x);
 }
 
+Results conv2d_gradients_op(const at::Tensor& grad, const OptionalTensor& y, const OptionalTensor& y_folded,
+                            c10::string_view y_activation, const OptionalTensor& y_gate, const OptionalTensor& y_pooled,
+                            const OptionalTensor& coefficients, const at::Tensor& x, const OptionalTensor& folded,
+                            c10::string_view activation, const OptionalTensor& gate, const OptionalTensor& mean,
+                            const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                            at::IntArrayRef dilation, bool need_input, bool need_weight) {
+  constexpr const char* kName = "conv2d_gradients";
+  return results(conv2d_gradients(gradient_at(kName, grad, y, y_folded, y_activation, y_gate, y_pooled, coefficients),
+                                  x, read_as(kName, folded, activation, gate), mean, weight, stride, padding, dilation,
+                                  need_input, need_weight),
+                 x);
+}
+
+std::tuple<at::Tensor, at::Tensor> max_pool2d_gradients_op(const at::Tensor& grad, const at::Tensor& x,
+                                                           const OptionalTensor& folded, c10::string_view activation,
+                                                           const OptionalTensor& mean, at::IntArrayRef kernel_size,
+                                                           at::IntArrayRef stride, at::IntArrayRef padding,
+                                                           at::IntArrayRef dilation) {
+  const Results found =
+      results(max_pool2d_gradients(grad, x, read_as("max_pool2d_gradients", folded, activation, std::nullopt), mean,
+                                   kernel_size, stride, padding, dilation),
+              x);
+  return {std::get<0>(found), std::get<2>(found)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(mobilenet_fast, m) {
@@ -127,6 +166,11 @@ TORCH_LIBRARY(mobilenet_fast, m) {
   def("depthwise_conv2d_forward(Tensor x, Tensor? folded, str activation, Tensor weight, int[2] stride, int[2] "
       "padding, "
       "int[2] dilation) -> (Tensor, Tensor)");
+  def("conv2d_forward(Tensor x, Tensor? folded, str activation, Tensor? gate, Tensor weight, int[2] stride, int[2] "
+      "padding, int[2] dilation) -> (Tensor, Tensor)");
+  def("max_pool2d_forward(Tensor x, Tensor? folded, str activation, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation) -> Tensor");
+  def("converted(Tensor x, ScalarType dtype) -> Tensor");
   def("batch_norm_statistics(Tensor x) -> Tensor");
   def("batch_norm_apply(Tensor x, Tensor folded, str activation, Tensor? gate, Tensor? residual) -> Tensor");
   def("batch_norm_pixel_sums(Tensor x, Tensor folded, str activation, Tensor? grad) -> Tensor");
@@ -142,6 +186,12 @@ TORCH_LIBRARY(mobilenet_fast, m) {
       "y_pooled, Tensor? coefficients, Tensor x, Tensor? folded, str activation, Tensor? mean, Tensor weight, int[2] "
       "stride, int[2] padding, int[2] dilation, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
+  def("conv2d_gradients(Tensor grad, Tensor? y, Tensor? y_folded, str y_activation, Tensor? y_gate, Tensor? y_pooled, "
+      "Tensor? coefficients, Tensor x, Tensor? folded, str activation, Tensor? gate, Tensor? mean, Tensor weight, "
+      "int[2] stride, int[2] padding, int[2] dilation, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
+  def("max_pool2d_gradients(Tensor grad, Tensor x, Tensor? folded, str activation, Tensor? mean, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, int[2] dilation) -> (Tensor, Tensor)");
   m.def(
       "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] "
       "dilation=1, str activation=\"none\", Tensor? scale=None) -> Tensor",
@@ -174,6 +224,11 @@ TORCH_LIBRARY_IMPL(mobilenet_fast, CPU, m) {
   m.impl("batch_norm_gradient", batch_norm_gradient_op);
   m.impl("pointwise_conv2d_gradients", pointwise_conv2d_gradients_op);
   m.impl("depthwise_conv2d_gradients", depthwise_conv2d_gradients_op);
+  m.impl("converted", converted);
+  m.impl("conv2d_forward", conv2d_forward_op);
+  m.impl("conv2d_gradients", conv2d_gradients_op);
+  m.impl("max_pool2d_forward", max_pool2d_forward_op);
+  m.impl("max_pool2d_gradients", max_pool2d_gradients_op);
 }
 
 }  // namespace mobilenet_fast

@@ -98,7 +98,7 @@ class PointwiseForward final : public Step {
 
 // Where the partial sums of groups go; undefined where they are not wanted.
 struct PointwiseSums {
-  at::Tensor weight;  // (groups, smaller, larger) of the channels in and out
+  at::Tensor weight;  // (groups, K, C), or (groups, C, K) where the step transposes()
   at::Tensor norm;    // (groups, 2, C)
   at::Tensor gate;    // (images, parts, C)
 };
@@ -127,9 +127,12 @@ class PointwiseBackward final : public Step {
 
   int64_t groups() const { return groups_; }
   int64_t parts() const { return blocks_.parts; }
+  // Whether the sums of the weight's gradient are those of its transpose: rows of few columns make narrow tiles.
+  bool transposes() const { return columns_ > shape_.c && shape_.c < kernels_.panel_vectors * kernels_.lanes; }
   void set_sums(PointwiseSums sums) { sums_ = std::move(sums); }
 
-  // Buffers: the gradient, y (or null), x, the input's gradient and what is added to it.
+  // Buffers: the gradient, y (or null), x, the input's gradient, what is added to it, and the weight's gradient, (K, C)
+  // or (C, K).
   void run(const Work& work) const override {
     const Range groups = work.team.share(groups_);
     for (int64_t g = groups.begin; g < groups.end; ++g) {
@@ -140,7 +143,8 @@ class PointwiseBackward final : public Step {
     }
     work.team.sync();
     if (need_weight_) {
-      merge_sums(weight_sums(0), groups_, shape_.c * columns_, work.team.share(shape_.c * columns_), weight_sums(0));
+      const int64_t elements = shape_.c * columns_;
+      merge_sums(weight_sums(0), groups_, elements, work.team.share(elements), work.buffer<T>(5));
     }
     if (sums_.norm.defined()) {
       T* sums = sums_.norm.data_ptr<T>();
@@ -186,10 +190,10 @@ class PointwiseBackward final : public Step {
       }
       GemmTransposedArgs<T> args{};
       args.rows = rows.size();
-      args.a = columns_ >= c ? a : d;
-      args.b = columns_ >= c ? d : a;
-      args.a_stride = args.columns_a = std::min(columns_, c);
-      args.b_stride = args.columns_b = args.out_stride = std::max(columns_, c);
+      args.a = transposes() ? a : d;
+      args.b = transposes() ? d : a;
+      args.a_stride = args.columns_a = transposes() ? c : columns_;
+      args.b_stride = args.columns_b = args.out_stride = transposes() ? columns_ : c;
       args.out = weight_sums(g);
       args.panel = of_y + rows.size() * columns_;
       if (!last) {
@@ -299,6 +303,13 @@ ConvGradients gradients_of_images(const GradientAt& gradient, const at::Tensor& 
     }
   });
   if (added.has_value()) result.input.add_(*added);
+  gradients_before_norm(result, x, read, mean);
+  return result;
+}
+
+}  // namespace
+
+void gradients_before_norm(ConvGradients& result, const at::Tensor& x, const ReadAs& read, const OptionalTensor& mean) {
   if (read.gate.has_value()) {
     result.gate = batch_norm_pixel_sums(x, {read.folded, read.activation, std::nullopt}, result.input);
   } else if (mean.has_value() || read.activation != Activation::kNone) {
@@ -309,10 +320,7 @@ ConvGradients gradients_of_images(const GradientAt& gradient, const at::Tensor& 
       result.input = batch_norm_gradient(at_norm);
     }
   }
-  return result;
 }
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> pointwise_conv2d_forward(const at::Tensor& x, const ReadAs& read,
                                                             const at::Tensor& weight) {
@@ -361,13 +369,14 @@ ConvGradients pointwise_conv2d_gradients(const GradientAt& gradient, const at::T
     if (need_input && mean.has_value()) sums.norm = at::empty({step.groups(), 2, c}, x.options());
     if (need_input && read.gate.has_value()) sums.gate = at::empty({n, step.parts(), c}, x.options());
     step.set_sums(sums);
+    const bool transposes = need_weight && step.transposes();
+    at::Tensor transposed;
+    if (need_weight) result.weight = at::empty(weight.sizes(), x.options().requires_grad(false));
+    if (transposes) transposed = at::empty({c, k}, result.weight.options());
     run_step(step, {buffer_of(gradient.grad), gradient.y.has_value() ? buffer_of(*gradient.y) : Buffer{}, buffer_of(x),
-                    need_input ? buffer_of(result.input) : Buffer{}, added.has_value() ? buffer_of(*added) : Buffer{}});
-    if (need_weight) {
-      const at::Tensor sum = sums.weight.narrow(0, 0, c * k);  // of all groups: a copy, for it would keep theirs
-      result.weight = at::empty(weight.sizes(), x.options().requires_grad(false));
-      result.weight.view({k, c}).copy_(k >= c ? sum.view({c, k}).t() : sum.view({k, c}));
-    }
+                    need_input ? buffer_of(result.input) : Buffer{}, added.has_value() ? buffer_of(*added) : Buffer{},
+                    need_weight ? buffer_of(transposes ? transposed : result.weight) : Buffer{}});
+    if (transposes) result.weight.view({k, c}).copy_(transposed.t());
     if (sums.norm.defined()) result.sums = sums.norm.select(0, 0).clone();
     if (sums.gate.defined()) result.gate = sums.gate.sum(1);
   });

@@ -37,6 +37,8 @@ bool is_dense_channels_last(const at::Tensor& image);
 at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::Tensor& like);
 // Elements in such memory.
 at::Tensor empty_for_now(int64_t elements, const at::Tensor& like);
+// A copy of the image in another dtype, in such memory.
+at::Tensor converted(const at::Tensor& image, at::ScalarType dtype);
 // Gives the memory that is kept back to the system.
 void release_images();
 
@@ -149,6 +151,75 @@ NormGradientArgs<T> gradient_args(const GradientAt& gradient, const T* grad, con
   return args;
 }
 
+// How an image is cut: into slices of channels, and bands of output rows with the input rows that are theirs.
+struct Bands {
+  ImageShape x, y;
+  Window window;
+  int64_t slice, slices, rows, bands;  // channels a slice, rows a band
+
+  // `of_input` and `of_output`: how many values are held for each input and output element.
+  template <class T>
+  static Bands of(const Kernels<T>& kernels, ImageShape x, ImageShape y, Window window, int64_t of_input,
+                  int64_t of_output) {
+    Bands b{x, y, window, 0, 0, 0, 0};
+    const int64_t values = l2_cache_bytes() / 2 / static_cast<int64_t>(sizeof(T)), unit = 4 * kernels.lanes;
+    const int64_t whole = of_input * x.pixels() + of_output * y.pixels();
+    // Slices of a kilobyte at the least: memory likes long runs better than a band saves by having no neighbours.
+    const int64_t fitting = std::max<int64_t>(4, values / whole / unit), units = (y.c + unit - 1) / unit;
+    b.slices = (units + fitting - 1) / fitting;
+    b.slice = (units + b.slices - 1) / b.slices * unit;
+    b.slices = (y.c + b.slice - 1) / b.slice;
+    b.rows = y.h;
+    while (b.rows > 4 && b.values(b.rows, of_input, of_output) > values) b.rows = (b.rows + 1) / 2;
+    b.bands = (y.h + b.rows - 1) / b.rows;
+    return b;
+  }
+
+  int64_t values(int64_t band_rows, int64_t of_input, int64_t of_output) const {
+    return std::min(slice, y.c) * (of_input * input_rows(band_rows) * x.w + of_output * grad_rows(band_rows) * y.w);
+  }
+  int64_t reach() const { return (window.kernel_h - 1) * window.dilation_h; }
+  int64_t input_rows(int64_t band_rows) const {
+    return std::min(x.h, band_rows * window.stride_h + reach() + window.stride_h);
+  }
+  int64_t grad_rows(int64_t band_rows) const {
+    return std::min(y.h, band_rows + std::max(reach(), window.pad_top) / window.stride_h + 2);
+  }
+
+  int64_t units() const { return x.n * bands; }
+  Range outputs(int64_t band) const { return share(y.h, bands, band); }
+  // The input rows that outputs read.
+  Range inputs(Range outputs) const {
+    const int64_t begin = std::clamp<int64_t>(outputs.begin * window.stride_h - window.pad_top, 0, x.h);
+    return {begin, std::clamp<int64_t>((outputs.end - 1) * window.stride_h - window.pad_top + reach() + 1, begin, x.h)};
+  }
+  // The input rows that are the band's own: together, the bands' are all.
+  Range own_inputs(int64_t band) const {
+    const Range range = outputs(band);
+    return {band == 0 ? 0 : std::min(x.h, range.begin * window.stride_h),
+            band == bands - 1 ? x.h : std::min(x.h, range.end * window.stride_h)};
+  }
+  // The output rows that read any of those input rows.
+  Range readers(Range inputs) const {
+    if (inputs.size() == 0) return {0, 0};
+    const int64_t first = inputs.begin + window.pad_top - reach();
+    const int64_t begin = std::clamp<int64_t>(first <= 0 ? 0 : (first + window.stride_h - 1) / window.stride_h, 0, y.h);
+    return {begin, std::clamp<int64_t>((inputs.end - 1 + window.pad_top) / window.stride_h + 1, begin, y.h)};
+  }
+};
+
+template <class T>
+void set_window(T& args, const Window& window) {
+  args.kernel_h = window.kernel_h;
+  args.kernel_w = window.kernel_w;
+  args.stride_h = window.stride_h;
+  args.stride_w = window.stride_w;
+  args.pad_top = window.pad_top;
+  args.pad_left = window.pad_left;
+  args.dilation_h = window.dilation_h;
+  args.dilation_w = window.dilation_w;
+}
+
 // The operations; images are dense and channels last.
 
 // Mean and biased variance of each channel, (2, C).
@@ -180,5 +251,22 @@ ConvGradients depthwise_conv2d_gradients(const GradientAt& gradient, const at::T
                                          const OptionalTensor& mean, const at::Tensor& weight, at::IntArrayRef stride,
                                          at::IntArrayRef padding, at::IntArrayRef dilation, bool need_input,
                                          bool need_weight);
+// A dense convolution. Without padding, one of a single tap is a 1×1 convolution of some of the pixels. Others read no
+// gate.
+std::tuple<at::Tensor, at::Tensor> conv2d_forward(const at::Tensor& x, const ReadAs& read, const at::Tensor& weight,
+                                                  at::IntArrayRef stride, at::IntArrayRef padding,
+                                                  at::IntArrayRef dilation);
+ConvGradients conv2d_gradients(const GradientAt& gradient, const at::Tensor& x, const ReadAs& read,
+                               const OptionalTensor& mean, const at::Tensor& weight, at::IntArrayRef stride,
+                               at::IntArrayRef padding, at::IntArrayRef dilation, bool need_input, bool need_weight);
+// The largest z of each window.
+at::Tensor max_pool2d_forward(const at::Tensor& x, const ReadAs& read, at::IntArrayRef kernel_size,
+                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation);
+// `input` and `sums` of that, as above, from the gradient at its output.
+ConvGradients max_pool2d_gradients(const at::Tensor& grad, const at::Tensor& x, const ReadAs& read,
+                                   const OptionalTensor& mean, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                   at::IntArrayRef padding, at::IntArrayRef dilation);
+// What is left to do where `result.input` is the gradient at z: see ConvGradients.
+void gradients_before_norm(ConvGradients& result, const at::Tensor& x, const ReadAs& read, const OptionalTensor& mean);
 
 }  // namespace mobilenet_fast

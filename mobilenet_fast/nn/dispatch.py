@@ -33,7 +33,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 # Exact types whose forward is known, so that a neighbour may do its work; ours, and replaced ones, add themselves.
-_KNOWN_TYPES: set[type] = {nn.Conv2d, nn.BatchNorm2d}
+_KNOWN_TYPES: set[type] = {nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d}
 
 
 def known(layer: type) -> type:
@@ -70,11 +70,13 @@ def runs_triton(input) -> bool:
     return isinstance(input, Tensor) and functional._triton_serves(input)
 
 
-def takes_input(input) -> bool:
-    """Whether kernels are written for this tensor: a plain 4-D one, of a dtype that they have on its device."""
+def takes_input(input, dtype: torch.dtype | None = None) -> bool:
+    """Whether kernels are written for this tensor, or for one like it of ``dtype``: a plain 4-D one, of a dtype that they
+    have on its device.
+    """
     return (
         type(input) in _PLAIN_TYPES
-        and (input.dtype in _KERNEL_DTYPES if input.is_cpu else input.is_cuda and cuda.why_not(input) is None)
+        and ((dtype or input.dtype) in _KERNEL_DTYPES if input.is_cpu else input.is_cuda and cuda.why_not(input) is None)
         and input.layout is torch.strided
         and input.dim() == 4
         # The dispatcher alone resolves a lazy negation; a compiler sees no such inputs.

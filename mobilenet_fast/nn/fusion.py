@@ -9,7 +9,7 @@ counts from the next call on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,11 @@ class Chained(nn.Module):
         """Asked at every call; None if `plain_forward` is to run."""
         raise NotImplementedError
 
+    def chains(self) -> list[Links]:
+        """All that a call runs."""
+        links = self.links()
+        return [] if links is None else [links]
+
     def plain_forward(self, input):
         modules, adds_input = self.links()
         x = input
@@ -53,17 +58,28 @@ class Chained(nn.Module):
         return x + input if adds_input else x
 
     def forward(self, input):
-        if is_eager(casts=True) and type(input) in _PLAIN_TYPES and not has_global_hooks():
-            links = self.links()
-            learns = _learns(self, input)
-            if links is not None and (learns or is_eager()):
-                name, kind = ("_training_plan", TrainingPlan) if learns else ("_plan", Plan)
-                plan = self.__dict__.get(name)
-                if plan is None or not plan.holds(links):
-                    plan = self.__dict__[name] = kind(links)
-                if plan.fuses:
-                    return plan(input)
-        return self.plain_forward(input)
+        return run_chain(self, self.links, self.plain_forward, input)
+
+
+PLANS = ("_plan", "_training_plan")
+"""The attributes of modules that chains keep their plans in, without the prefix that a second chain's have."""
+
+
+def run_chain(owner: nn.Module, links: Callable[[], Links | None], plain: Callable, input, prefix: str = ""):
+    """The chain of ``links()``, all of them modules of ``owner``, or ``plain(input)`` where that is None, or no kernel
+    serves. Its plans are kept in the owner's `PLANS`.
+    """
+    if is_eager(casts=True) and type(input) in _PLAIN_TYPES and not has_global_hooks():
+        chain = links()
+        learns = _learns(owner, input)
+        if chain is not None and (learns or is_eager()):
+            name, kind = (prefix + PLANS[learns], TrainingPlan if learns else Plan)
+            plan = owner.__dict__.get(name)
+            if plan is None or not plan.holds(chain):
+                plan = owner.__dict__[name] = kind(chain)
+            if plan.fuses:
+                return plan(input)
+    return plain(input)
 
 
 @known
@@ -259,8 +275,14 @@ def training_report(model: nn.Module) -> list[TrainingPart]:
                     visit(module, True)
 
     def visit(module: nn.Module, in_chain: bool) -> None:
-        if isinstance(module, Chained) and "forward" not in vars(module) and (links := module.links()) is not None:
-            visit_parts(TrainingPlan(links).parts)
+        chains = module.chains() if hasattr(module, "chains") and "forward" not in vars(module) else []
+        if chains:
+            run = [part for links in chains for part in links.modules]
+            for links in chains:
+                visit_parts(TrainingPlan(links).parts)
+            for child in module.children():
+                if child not in run:
+                    visit(child, False)
         elif is_known_type(type(module)) and not isinstance(module, Chained):
             alone(module, why_not_trained(module) if in_chain else "it is called by a module that is not known")
         else:

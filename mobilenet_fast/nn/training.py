@@ -9,6 +9,7 @@ and gathers the sums that the norm before it needs. docs/training.md says more.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from .squeeze_excite import SqueezeExcitation
 from .steps import Step, has_kernel, keeps_parameters, named_padding
 
 _ops = torch.ops.mobilenet_fast
+_STEM_WEIGHTS = 2**15
 
 
 class Stage(NamedTuple):
@@ -34,7 +36,8 @@ class Stage(NamedTuple):
     conv: nn.Conv2d | None = None
     norm: nn.BatchNorm2d | None = None
     activation: str = "none"
-    is_pointwise: bool = False
+    kind: str = ""
+    """of the convolution: "pointwise", "depthwise", "dense", or nothing where there is none"""
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
@@ -44,7 +47,7 @@ class Stage(NamedTuple):
         return () if self.norm is None else (self.norm.running_mean, self.norm.running_var)
 
     def geometry(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
-        """Stride, padding and dilation of a depthwise convolution of x."""
+        """Stride, padding and dilation of a convolution of x that is not pointwise."""
         conv = self.conv
         if isinstance(conv, Conv2dSame):
             padding = conv.same_padding(x)
@@ -53,6 +56,10 @@ class Stage(NamedTuple):
         else:
             padding = conv.padding
         return conv.stride, padding, conv.dilation
+
+    @property
+    def is_linear(self) -> bool:
+        return self.norm is None and self.activation == "none"
 
 
 class Gate(NamedTuple):
@@ -66,6 +73,21 @@ class Gate(NamedTuple):
 
     def parameters(self) -> tuple[Tensor | None, ...]:
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+
+    def statistics(self) -> tuple[Tensor | None, ...]:
+        return ()
+
+
+class Pool(NamedTuple):
+    """`F.max_pool2d` with these arguments."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return ()
 
     def statistics(self) -> tuple[Tensor | None, ...]:
         return ()
@@ -94,7 +116,7 @@ class TrainingBlock(Step):
 
     fuses = True
 
-    def __init__(self, stages: list[Stage | Gate], modules: list[nn.Module], adds_input: bool = False) -> None:
+    def __init__(self, stages: list[Stage | Gate | Pool], modules: list[nn.Module], adds_input: bool = False) -> None:
         super().__init__(*modules)
         self.stages, self.adds_input = stages, adds_input
         self.convs = [stage.conv for stage in stages if isinstance(stage, Stage) and stage.conv is not None]
@@ -111,13 +133,17 @@ class TrainingBlock(Step):
             return self._by_layers(x, residual)
         if x.is_cpu and torch.is_autocast_enabled("cpu"):
             return self._under_autocast(x, residual)
-        if not self._takes(x):
+        if not self._takes(x, x.dtype):
             return self.plain(x, residual)
+        y = self._run(x)
+        return y if residual is None else y + residual
+
+    def _run(self, x: Tensor, stored: torch.dtype | None = None) -> Tensor:
         is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
-        y = run_block(self.stages, x.contiguous(memory_format=torch.channels_last), self.adds_input)
+        y = run_block(self.stages, x.contiguous(memory_format=torch.channels_last), self.adds_input, stored)
         if not is_channels_last and not any(map(suggests_channels_last, (x, *(conv.weight for conv in self.convs)))):
             y = y.contiguous()
-        return y if residual is None else y + residual
+        return y
 
     def _by_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """On a GPU: convolution, norm and activation, squeeze-and-excitation, each by its own kernels."""
@@ -125,6 +151,9 @@ class TrainingBlock(Step):
         for stage in self.stages:
             if isinstance(stage, Gate):
                 y = stage.module(y)
+                continue
+            if isinstance(stage, Pool):
+                y = F.max_pool2d(y, *stage)
                 continue
             done = "none"
             if stage.conv is not None:
@@ -138,19 +167,23 @@ class TrainingBlock(Step):
         return y if residual is None else y + residual
 
     def _under_autocast(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """In float32, from and to the lower dtype: what lies between stays in the block."""
+        """In float32, from and to the lower dtype; what is kept for the backward pass is bfloat16 where that is it.
+
+        (float16 has too few exponents for what no GradScaler has scaled.)
+        """
         dtype = torch.get_autocast_dtype("cpu")
-        wide = x.float() if x.dtype == dtype else x
-        if wide.dtype != torch.float32 or not self._takes(wide):
+        if x.dtype not in (torch.float32, dtype) or not self._takes(x, torch.float32):
             return self.plain(x, residual)
+        stored = dtype if dtype == torch.bfloat16 else None
         if self.adds_input or not self.convs:  # sums have the wider dtype, norms the input's
             dtype = x.dtype
         with torch.autocast("cpu", enabled=False):
-            y = self(wide).to(dtype)
+            y = self._run(x, stored).to(dtype)
         return y if residual is None else y + residual
 
-    def _takes(self, x: Tensor) -> bool:
-        if not (takes_input(x) and x.is_cpu and x.dtype in _KERNEL_DTYPES and x.numel() > 0):
+    def _takes(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the stages can be run in ``dtype``, which the parameters have as well."""
+        if not (takes_input(x, dtype) and x.is_cpu and dtype in _KERNEL_DTYPES and x.numel() > 0):
             return False
         first = self.stages[0]
         if first.conv is not None and first.conv.in_channels != x.size(1):
@@ -159,7 +192,7 @@ class TrainingBlock(Step):
             return False
         for stage in self.stages:
             for tensor in (*stage.parameters(), *stage.statistics()):
-                if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.dtype != x.dtype):
+                if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.dtype != dtype):
                     return False
         return True
 
@@ -174,8 +207,8 @@ def why_not_trained(module: nn.Module) -> str:
             return "it has a bias"
         if is_depthwise(module) and module.out_channels != module.in_channels:
             return "it has a channel multiplier"
-        if not (is_pointwise(module) or is_depthwise(module)):
-            return "it is neither depthwise nor 1x1"
+        if not (is_pointwise(module) or is_depthwise(module) or _is_small_dense(module)):
+            return "it is neither depthwise nor 1x1 nor small"
         if not has_kernel(module):
             return "no kernel has its padding or its parameters"
     elif is_known(module, nn.BatchNorm2d):
@@ -188,10 +221,14 @@ def why_not_trained(module: nn.Module) -> str:
     return f"{kind.__name__} is not known"
 
 
-def run_block(stages: list[Stage | Gate], x: Tensor, adds_input: bool) -> Tensor:
-    """The stages one after another, plus x if ``adds_input``; x is channels_last."""
+def run_block(
+    stages: list[Stage | Gate | Pool], x: Tensor, adds_input: bool, stored: torch.dtype | None = None
+) -> Tensor:
+    """The stages one after another, plus x if ``adds_input``, in float32 or, if x is that, float64; x is channels_last.
+    For the backward pass images are kept as ``stored``, if that is given, and x as it is.
+    """
     parameters = [p for stage in stages for p in stage.parameters()]
-    return _Block.apply(stages, adds_input, x, *parameters)
+    return _Block.apply(stages, adds_input, stored, x, *parameters)
 
 
 def training_parts(modules: list[nn.Module | Step]) -> list[Step]:
@@ -200,7 +237,7 @@ def training_parts(modules: list[nn.Module | Step]) -> list[Step]:
     A norm or an activation that follows no convolution begins a block: what it reads is kept in any case.
     """
     parts: list[Step] = []
-    stages: list[Stage | Gate] = []
+    stages: list[Stage | Gate | Pool] = []
     used: list[nn.Module] = []
 
     def close() -> None:
@@ -226,7 +263,7 @@ def training_parts(modules: list[nn.Module | Step]) -> list[Step]:
     return parts
 
 
-def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tuple[Stage | Gate | None, int]:
+def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tuple[Stage | Gate | Pool | None, int]:
     """The stage that begins with modules[start], and where the next begins; None if there is none."""
     module, end = modules[start], start + 1
     if isinstance(module, Step):
@@ -237,9 +274,14 @@ def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tu
         if parts is None or not is_read or end == len(modules) or not _is_plain_pointwise(modules[end]):
             return None, end
         return Gate(module, *parts), end
+    if is_known(module, nn.MaxPool2d):
+        follows = before and isinstance(before[-1], Stage)
+        plain = not (module.ceil_mode or module.return_indices)
+        return (Pool(*map(reference.pair, _window(module))) if follows and plain else None), end
     conv = norm = None
     activation = "none"
-    if _is_trainable_conv(module):
+    kind = _kind(module)
+    if kind:
         conv, activation = module, getattr(module, "activation", "none")
         if activation == "none" and end < len(modules) and _is_trainable_norm(modules[end]):
             norm = modules[end]
@@ -255,17 +297,36 @@ def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tu
         if follows is not None:
             activation = follows
             end += 1
-    return Stage(conv, norm, activation, conv is not None and is_pointwise(conv)), end
+    return Stage(conv, norm, activation, kind), end
+
+
+def _window(pool: nn.MaxPool2d) -> tuple:
+    return pool.kernel_size, pool.stride, pool.padding, pool.dilation
 
 
 def _is_plain_pointwise(module) -> bool:
-    return not isinstance(module, Step) and _is_trainable_conv(module) and is_pointwise(module)
+    return not isinstance(module, Step) and _kind(module) == "pointwise"
 
 
-def _is_trainable_conv(conv: nn.Module) -> bool:
-    if not (is_known(conv, nn.Conv2d) and has_kernel(conv) and conv._parameters["bias"] is None):
+def _kind(conv: nn.Module) -> str:
+    """What kind of stage the convolution makes; empty if it makes none."""
+    if not (is_known(conv, nn.Conv2d) and keeps_parameters(conv) and conv._parameters["bias"] is None):
+        return ""
+    if not has_kernel(conv):
+        return "dense" if _is_small_dense(conv) else ""
+    if is_pointwise(conv):
+        return "pointwise"
+    return "depthwise" if is_depthwise(conv) and conv.out_channels == conv.in_channels else ""
+
+
+def _is_small_dense(conv: nn.Conv2d) -> bool:
+    """Whether it is a stem, whose cost is in its images, or a strided 1x1 convolution. Larger ones are PyTorch's."""
+    if conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or is_pointwise(conv):
         return False
-    return is_pointwise(conv) or (is_depthwise(conv) and conv.out_channels == conv.in_channels)
+    reach = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    if any(p > r for p, r in zip(conv.padding, reach, strict=True)):
+        return False
+    return not any(reach) or math.prod((conv.out_channels, conv.in_channels, *conv.kernel_size)) <= _STEM_WEIGHTS
 
 
 def _is_trainable_norm(norm: nn.Module) -> bool:
@@ -279,18 +340,23 @@ def _is_trainable_norm(norm: nn.Module) -> bool:
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, stages, adds_input, x, *parameters):
-        reading = Reading(x)
+    def forward(ctx, stages, adds_input, stored, x, *parameters):
+        ctx.dtype = torch.promote_types(x.dtype, torch.float32)
         tensors: list[Tensor | None] = [x, *parameters]
+        x = _converted(x, ctx.dtype)
+        reading = Reading(x)
         position = 0
         ctx.by_batch = []
-        for stage in stages:
+        for i, stage in enumerate(stages):
             operands = parameters[position : position + len(stage.parameters())]
             position += len(operands)
             if isinstance(stage, Gate):
                 gate, kept = _excite(stage, reading, *operands)
                 reading = reading._replace(gate=gate)
                 tensors += kept
+            elif isinstance(stage, Pool):
+                reading = Reading(_ops.max_pool2d_forward(*reading[:3], *stage))
+                tensors.append(None if stage is stages[-1] else _converted(reading.x, stored))
             else:
                 y, statistics = _convolve(stage, reading, operands[0])
                 norm = None
@@ -300,8 +366,7 @@ class _Block(torch.autograd.Function):
                     tensors += norm[:3]
                 folded = cpu.plus(None, y) if norm is None and stage.activation != "none" else norm and norm.folded
                 reading = Reading(y, folded, stage.activation)
-                # The last convolution's output is needed for its norm and activation alone.
-                tensors += (None if folded is None and stage is stages[-1] else y, folded)
+                tensors += (_converted(y, stored) if _is_kept(stages, i) else None, folded)
         ctx.save_for_backward(*tensors)
         ctx.stages, ctx.adds_input = stages, adds_input
         residual = x if adds_input else None
@@ -314,9 +379,9 @@ class _Block(torch.autograd.Function):
         stages, (x, *tensors) = ctx.stages, ctx.saved_tensors
         count = sum(len(stage.parameters()) for stage in stages)
         parameters, tensors = tensors[:count], tensors[count:]
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():  # this pass is to be differentiated in turn
-            return None, None, *_differentiable_gradients(ctx, needed, grad, x, parameters, tensors)
+            return None, None, None, *_differentiable_gradients(ctx, needed, grad, x, parameters, tensors)
         # What is kept goes stage by stage, unless the graph is to be used again.
         ctx.maybe_clear_saved_tensors()
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -332,6 +397,10 @@ class _Block(torch.autograd.Function):
                 kept.append(tensors[:4])
                 readings.append(readings[-1]._replace(gate=tensors[3]))
                 tensors = tensors[4:]
+            elif isinstance(stage, Pool):
+                kept.append(None)
+                readings.append(Reading(tensors[0]))
+                tensors = tensors[1:]
             else:
                 norm = None
                 if stage.norm is not None:
@@ -342,14 +411,15 @@ class _Block(torch.autograd.Function):
                 readings.append(Reading(y, folded, stage.activation))
                 tensors = tensors[2:]
 
-        x = y = folded = tensors = None
+        dtype, x = x.dtype, None
+        y = folded = tensors = None
         position = count
         added = grad if ctx.adds_input else None
         gate = pooled = None  # a gate behind the stage, and the gradient that comes by way of it
         sums = None  # those for a norm, if they are known
         applied = False  # whether grad is already that at the activation's input
         for i in reversed(range(len(stages))):
-            stage, output, mine = stages[i], readings.pop(), kept.pop()
+            stage, output, mine = stages[i], _widened(readings.pop(), ctx.dtype), kept.pop()
             position -= len(operands[i])
             wanted = needed[1 + position : 1 + position + len(operands[i])]
             if isinstance(stage, Gate):
@@ -358,6 +428,15 @@ class _Block(torch.autograd.Function):
                     pooled = _ops.batch_norm_pixel_sums(*output[:3], grad)
                 pooled, found = _excite_backward(stage, mine, pooled, operands[i], output.x)
                 grads[position : position + 4] = [g if w else None for g, w in zip(found, wanted, strict=True)]
+                readings[-1] = readings[-1]._replace(x=output.x)
+                continue
+            before = readings[-1] = _widened(readings[-1], ctx.dtype)
+            first = i == 0
+            previous = None if first or isinstance(stages[i - 1], Gate) else kept[i - 1]
+            mean = None if previous is None else previous.mean
+            if isinstance(stage, Pool):
+                grad, sums = _ops.max_pool2d_gradients(grad, *before[:3], mean, *stage)
+                sums, gate, pooled, applied = None if mean is None else sums, None, None, True
                 continue
             norm: Normalised | None = mine
             behind = (None, "none", None, None) if applied else (output.folded, output.activation, gate, pooled)
@@ -370,37 +449,42 @@ class _Block(torch.autograd.Function):
                 grads[position + 1] = grad_gamma if wanted[1] else None
                 grads[position + 2] = sums[0] if wanted[2] else None
             gate = pooled = sums = None
-            before, first = readings[-1], i == 0
             need_input = needed[0] if first else True
             if stage.conv is None:
                 if need_input and not (applied and norm is None):
                     grad = _ops.batch_norm_gradient(grad, output.x, *behind, coefficients)
                 continue
-            previous = None if first or isinstance(stages[i - 1], Gate) else kept[i - 1]
-            mean = None if previous is None else previous.mean
+            if before.x is None:  # a depthwise convolution's output, which was not kept
+                readings[-2] = _widened(readings[-2], ctx.dtype)
+                before = Reading(_convolve(stages[i - 1], readings[-2], operands[i - 1][0])[0])
             at_y = grad, output.x, *behind, coefficients
-            if stage.is_pointwise:
+            if stage.kind == "pointwise":
                 fused = added if first else None
                 grad, grads[position], sums, pooled = _ops.pointwise_conv2d_gradients(
                     *at_y, *before, mean, operands[i][0], fused, need_input, wanted[0]
                 )
                 if fused is not None:
                     added = None
+            elif stage.kind == "dense":
+                grad, grads[position], sums, pooled = _ops.conv2d_gradients(
+                    *at_y, *before, mean, operands[i][0], *stage.geometry(before.x), need_input, wanted[0]
+                )
             else:
                 grad, grads[position], sums, pooled = _ops.depthwise_conv2d_gradients(
                     *at_y, *before[:3], mean, operands[i][0], *stage.geometry(before.x), need_input, wanted[0]
                 )
             if not wanted[0]:
                 grads[position] = None
-            del at_y
-            applied = before.gate is None
+            del at_y, before
+            is_gated = readings[-1].gate is not None
+            applied = not is_gated
             sums = None if mean is None else sums
-            pooled = None if before.gate is None else pooled
+            pooled = pooled if is_gated else None
         if not needed[0]:
             grad = None
         elif added is not None:
             grad = grad + added
-        return None, None, grad, *grads
+        return None, None, None, None if grad is None else grad.to(dtype), *grads
 
 
 def _differentiable_gradients(ctx, needed, grad, x, parameters, tensors) -> tuple[Tensor | None, ...]:
@@ -409,6 +493,7 @@ def _differentiable_gradients(ctx, needed, grad, x, parameters, tensors) -> tupl
         # Aliases end this small graph at the operands, and still lead on to them.
         operands = [None if t is None else t.view_as(t) for t in (x, *parameters)]
         x, *parameters = operands
+        x = x.to(ctx.dtype)
         z, by_batch = x, iter(ctx.by_batch)
         for stage in ctx.stages:
             mine, parameters = parameters[: len(stage.parameters())], parameters[len(stage.parameters()) :]
@@ -417,9 +502,14 @@ def _differentiable_gradients(ctx, needed, grad, x, parameters, tensors) -> tupl
                 z = reference.squeeze_excite(z, weight1, bias1, weight2, bias2, stage.squeeze, stage.gate)
                 tensors = tensors[4:]
                 continue
+            if isinstance(stage, Pool):
+                z, tensors = F.max_pool2d(z, *stage), tensors[1:]
+                continue
             weight, gamma, beta = mine
-            if stage.is_pointwise:
+            if stage.kind == "pointwise":
                 z = F.conv2d(z, weight)
+            elif stage.kind == "dense":
+                z = F.conv2d(z, weight, None, *stage.geometry(z))
             elif stage.conv is not None:
                 z = reference.depthwise_conv2d(z, weight, None, *stage.geometry(z))
             if stage.norm is not None:
@@ -439,11 +529,34 @@ def _differentiable_gradients(ctx, needed, grad, x, parameters, tensors) -> tupl
     return tuple(next(found) if need else None for need in needed)
 
 
+def _converted(image: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return image if dtype in (None, image.dtype) else _ops.converted(image, dtype)
+
+
+def _widened(reading: Reading, dtype: torch.dtype) -> Reading:
+    return reading if reading.x is None else reading._replace(x=_converted(reading.x, dtype))
+
+
+def _is_kept(stages: list[Stage | Gate | Pool], i: int) -> bool:
+    """Whether the backward pass finds what the convolution gave.
+
+    Its norm and activation need it, and the weight of the next stage. Where there is no more than that weight, as in
+    Xception's separable convolutions, a depthwise convolution is computed again.
+    """
+    stage = stages[i]
+    if i + 1 == len(stages) or not stage.is_linear:
+        return not stage.is_linear
+    after = stages[i + 1]
+    return stage.kind != "depthwise" or not (isinstance(after, Stage) and after.kind == "pointwise")
+
+
 def _convolve(stage: Stage, reading: Reading, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if stage.conv is None:
         return reading.x, None
-    if stage.is_pointwise:
+    if stage.kind == "pointwise":
         return _ops.pointwise_conv2d_forward(*reading, weight)
+    if stage.kind == "dense":
+        return _ops.conv2d_forward(*reading, weight, *stage.geometry(reading.x))
     return _ops.depthwise_conv2d_forward(*reading[:3], weight, *stage.geometry(reading.x))
 
 
