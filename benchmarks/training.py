@@ -2,7 +2,8 @@
 
 A step is forward, cross entropy, backward and SGD with momentum. All peers run in this process in turn, so that a
 change in the machine's speed meets all of them alike; peak memory is that of a process that does two steps of one peer
-and nothing else, less what it held before. Writes a CSV.
+and nothing else, less what it held before. Writes a CSV. With ``--depthwise``, the gradients of each depthwise layer of
+the networks alone, ours and PyTorch's in both of its layouts.
 """
 
 import argparse
@@ -110,6 +111,80 @@ def measure(name: str, peers: list[str], batch: int, rounds: int, threads: int) 
     return rows
 
 
+def depthwise_layers(names: list[str]) -> list[tuple[int, ...]]:
+    """Channels, map size, kernel, stride and padding of each depthwise layer, without repetitions."""
+    found: dict[tuple[int, ...], None] = {}
+
+    def note(conv, inputs, output):
+        found[(conv.in_channels, inputs[0].size(2), conv.kernel_size[0], conv.stride[0], conv.padding[0])] = None
+
+    for name in names:
+        model = stock(name).eval()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels > 1:
+                module.register_forward_hook(note)
+        with torch.no_grad():
+            model(data(name, 1)[0])
+    return sorted(found, key=lambda layer: (layer[2], layer[3], -layer[1], layer[0]))
+
+
+def measure_depthwise(layer: tuple[int, ...], batch: int, rounds: int) -> dict[str, float]:
+    """Median ms of both gradients of one layer, and the largest difference relative to float64's largest value."""
+    channels, size, kernel, stride, padding = layer
+    x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, 1, kernel, kernel)
+    grad = torch.randn_like(F.conv2d(x, weight, None, stride, padding, 1, channels))
+    window = (stride, stride), (padding, padding), (1, 1)
+
+    def pytorch(grad, x, weight):
+        last = ([True, True, False],)
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *window, False, [0, 0], channels, *last)[:2]
+
+    def ours(grad, x, weight):
+        at_y = grad, None, None, "none", None, None, None
+        operator = torch.ops.mobilenet_fast.depthwise_conv2d_gradients
+        return operator(*at_y, x, None, "none", None, weight, *window, True, True)[:2]
+
+    plain = grad.contiguous(), x.contiguous(), weight
+    # Operands of their own: nobody finds them in cache because the one before has read them.
+    calls = {"here": (ours, (grad, x, weight)), "channels_last": (pytorch, (grad.clone(), x.clone(), weight))}
+    calls["contiguous"] = pytorch, plain
+    exact = pytorch(*(operand.double() for operand in plain))
+    for found, value in zip(ours(grad, x, weight), exact, strict=True):
+        error = ((found - value).abs().max() / value.abs().max()).item()
+        assert error < 1e-4, f"{layer}: the gradients differ by {error:.1e} of the largest"
+    times = {peer: [] for peer in calls}
+    for _ in range(rounds + 1):
+        for peer, (call, operands) in calls.items():
+            start = time.perf_counter()
+            call(*operands)
+            times[peer].append((time.perf_counter() - start) * 1e3)
+    return {peer: statistics.median(values[1:]) for peer, values in times.items()}
+
+
+def compare_depthwise(names: list[str], batch: int, rounds: int) -> None:
+    table = [["channels", "map", "kernel", "stride", "here ms", "GB/s", "channels_last", "contiguous", "× the faster"]]
+    ratios = {"channels_last": [], "contiguous": [], "the faster": []}
+    for layer in depthwise_layers(names):
+        channels, size, kernel, stride, _ = layer
+        ms = measure_depthwise(layer, batch, rounds)
+        ms["the faster"] = min(ms["channels_last"], ms["contiguous"])
+        values = batch * channels * size**2 * (2 + 1 / stride**2)  # input read, its gradient written, the output's read
+        for peer, found in ratios.items():
+            found.append(ms[peer] / ms["here"])
+        numbers = [
+            ms["here"],
+            values * 4e-6 / ms["here"],
+            ms["channels_last"],
+            ms["contiguous"],
+            ratios["the faster"][-1],
+        ]
+        table.append([*map(str, (channels, size, kernel, stride)), *(f"{number:.2f}" for number in numbers)])
+    print(report.text_table(table))
+    for peer, found in ratios.items():
+        print(f"{len(found)} layers, × {peer}: mean {statistics.geometric_mean(found):.2f}, least {min(found):.2f}")
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser("benchmarks.training", description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=NETWORKS, default=list(NETWORKS))
@@ -118,12 +193,16 @@ def main(arguments=None):
     parser.add_argument("--threads", type=thread_count, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "training.csv")
+    parser.add_argument("--depthwise", action="store_true", help="time depthwise layers' gradients instead")
     parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak:
         print(measure_peak(*options.peak))
         return 0
     torch.set_num_threads(options.threads)
+    if options.depthwise:
+        compare_depthwise(options.case, options.batch or 16, options.rounds)
+        return 0
     facts = report.conditions()
     rows = []
     for name in options.case:

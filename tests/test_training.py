@@ -452,3 +452,95 @@ def test_dtypes_under_autocast(kind, dtype, monkeypatch):
         actual = module(image(dtype=dtype))
         with monkeypatch.context() as patch:
             assert actual.dtype == plain(module, patch)(image(dtype=dtype)).dtype
+
+
+def stem(kernel=3, stride=2, dilation=1, padding=1, channels=3, out=8, activation="relu6", pool=None, before=True):
+    layer = ACTIVATION_LAYERS[activation]
+    layers = [nn.Conv2d(channels, 8, 1, bias=False), nn.BatchNorm2d(8), layer()] if before else []
+    layers += [nn.Conv2d(8 if before else channels, out, kernel, stride, padding, dilation, bias=False)]
+    layers += [nn.BatchNorm2d(out), layer()]
+    if pool is not None:
+        layers += [nn.MaxPool2d(*pool)]
+    return randomised(fast.FusedSequential(*layers, nn.Conv2d(out, 4, 1, bias=False), nn.BatchNorm2d(4)))
+
+
+STEMS = pairwise(
+    lambda kernel, padding, dilation, stride, channels, **case: (
+        padding <= dilation * (kernel - 1) and (kernel, stride) != (1, 1)
+    ),
+    kernel=(3, 2, 5, 1),
+    stride=(1, 2, 3),
+    dilation=(1, 2),
+    padding=(0, 1, 2),
+    channels=(3, 17),
+    out=(8, 33),
+    before=(False, True),
+    activation=("none", "relu6", "silu"),
+    size=((11, 10), (16, 23)),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", STEMS, ids=case_id)
+def test_dense_convolutions(case, dtype, on_isa, monkeypatch):
+    case = dict(case)
+    size = case.pop("size")
+    check(stem(**case), image(3, case["channels"], *size, dtype), monkeypatch, blocks=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pool", ((3, 2, 1), (2,), (3, 1, 1), (2, 3), (3, 2, 0, 2), ((2, 3), (1, 2), (1, 0))), ids=str)
+@pytest.mark.parametrize("channels", (5, 70))
+def test_maximum_pooling(pool, channels, dtype, on_isa, monkeypatch):
+    for activation in ("none", "hardswish"):
+        module = stem(3, 1, 1, 1, out=channels, activation=activation, pool=pool)
+        check(module, image(3, 3, 23, 26, dtype), monkeypatch, blocks=1)
+    module = fast.FusedSequential(nn.Conv2d(8, channels, 1, bias=False), nn.MaxPool2d(*pool))  # nothing between
+    check(module, image(2, 8, 13, 12, dtype), monkeypatch, blocks=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_maximum_pooling_in_bands(dtype, monkeypatch):
+    check(stem(3, 1, 1, 1, out=64, pool=(3, 2, 1)), image(2, 3, 130, 125, dtype), monkeypatch, blocks=1)
+
+
+def test_the_first_of_equal_values_gets_the_gradient():
+    module = fast.FusedSequential(nn.Conv2d(1, 1, 1, bias=False), nn.MaxPool2d(3, 2, 1))
+    nn.init.ones_(module[0].weight)
+    x = image(1, 1, 7, 7).round().relu()
+    x[0, 0, 3, 3] = torch.nan
+    found = []
+    for call in (module, lambda x: F.max_pool2d(x, 3, 2, 1)):
+        z = x.clone().requires_grad_()
+        call(z).sum().backward()
+        found.append(z.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("activation", ("none", "silu"))
+def test_gradcheck_of_other_stages(activation):
+    modules = [
+        *(nn.Conv2d(2, 3, 3, 2, 1, bias=False), nn.BatchNorm2d(3), ACTIVATION_LAYERS[activation](), nn.MaxPool2d(2)),
+        *(nn.Conv2d(3, 3, 3, 1, 1, 1, 3, bias=False), nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)),
+        nn.Conv2d(4, 2, 1, 2, bias=False),
+    ]
+    block = training.training_parts(randomised(nn.Sequential(*modules)).double())
+    assert len(block) == 1
+
+    def call(x):
+        return training.run_block(block[0].stages, x, False)
+
+    x = image(2, 2, 9, 11, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(call, x)
+    assert torch.autograd.gradgradcheck(call, x) or activation == "none"
+
+
+def test_a_separable_convolution_keeps_its_input_and_output(monkeypatch):
+    layers = [fast.SeparableConv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
+    module = fast.FusedSequential(*[part for _ in range(2) for part in copy.deepcopy(layers)])
+    module = fast.FusedSequential(
+        *(m for m in module.modules() if not list(m.children()) and type(m) is not nn.Identity)
+    )
+    x = image(2, 64, 40, 40)
+    assert saved_bytes(module, x) <= 3.1 * x.numel() * x.element_size()
+    check(module, x, monkeypatch, blocks=1)

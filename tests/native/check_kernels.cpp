@@ -323,6 +323,39 @@ void check_pool(const Kernels<T>& k, int64_t size, int64_t channels, int64_t ker
     if (inside > 0 && !nan) expect<T>(mean ? "mean" : "maximum", y[i], wanted, inside);
   }
   expect<T>("pool past the end", y[out * out * channels], 77, 0);
+  if (mean) return;
+
+  const auto grad = random<T>(out * out * channels);
+  std::vector<T> found(size * size * channels, T(0));
+  std::vector<double> wanted(found.size());
+  MaxPoolGradArgs<T> back{};
+  back.x = x.data();
+  back.x_grad = found.data();
+  back.x_row_stride = size * channels;
+  back.x_pixel_stride = back.grad_pixel_stride = back.channels = channels;
+  back.height = back.width = size;
+  back.grad = grad.data();
+  back.grad_row_stride = out * channels;
+  back.row_end = back.out_width = out;
+  back.kernel_h = back.kernel_w = kernel;
+  back.stride_h = back.stride_w = stride;
+  back.pad_top = back.pad_left = pad;
+  back.dilation_h = back.dilation_w = dilation;
+  k.max_pool2d_grad(back);
+  for (int64_t i = 0; i < out * out * channels; ++i) {
+    const int64_t c = i % channels, ox = i / channels % out, oy = i / channels / out;
+    int64_t best = -1;
+    for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+      const int64_t iy = oy * stride - pad + tap / kernel * dilation, ix = ox * stride - pad + tap % kernel * dilation;
+      if (iy < 0 || iy >= size || ix < 0 || ix >= size) continue;
+      const int64_t at = (iy * size + ix) * channels + c;
+      if (best < 0 || x[at] > x[best] || (std::isnan(x[at]) && !std::isnan(x[best]))) best = at;
+    }
+    if (best >= 0) wanted[best] += grad[i];
+  }
+  for (size_t i = 0; i < found.size(); ++i) {
+    expect<T>("gradient of the maximum", found[i], wanted[i], static_cast<double>(kernel * kernel));
+  }
 }
 
 // A 3×3 convolution by the two transforms, with plain loops in between. The transforms round about ten times as much.
