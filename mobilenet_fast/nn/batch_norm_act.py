@@ -57,7 +57,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        return normalise(self, input, self.activation)
+        output = normalised(self, input, self.activation)
+        return self.plain_forward(input) if output is None else output
+
+    def plain_forward(self, input: Tensor) -> Tensor:
+        return reference.activation(super().forward(input), self.activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation == "none" else f", activation={self.activation}")
@@ -73,8 +77,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return super().named_children()
 
 
-def normalise(norm: nn.BatchNorm2d, input: Tensor, activation: str) -> Tensor:
-    """``activation(nn.BatchNorm2d.forward(norm, input))``, by a kernel where there is one."""
+def normalised(norm: nn.BatchNorm2d, input: Tensor, activation: str | None) -> Tensor | None:
+    """``activation(nn.BatchNorm2d.forward(norm, input))`` by a kernel, or None where there is none."""
     operands = norm.running_mean, norm.running_var, norm.weight, norm.bias
     on_gpu = runs_triton(input)
     if activation is not None and kernels_serve(input, norm=operands, learns=on_gpu):
@@ -83,7 +87,7 @@ def normalise(norm: nn.BatchNorm2d, input: Tensor, activation: str) -> Tensor:
         if on_gpu and is_eager() and all(t is None or t.shape == input.shape[1:2] for t in operands):
             F._verify_batch_size(input.shape)
             return _ByBatch.apply(input, norm.weight, norm.bias, norm, activation)
-    return reference.activation(nn.BatchNorm2d.forward(norm, input), activation)
+    return None
 
 
 class _ByBatch(torch.autograd.Function):

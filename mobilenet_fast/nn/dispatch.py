@@ -76,7 +76,9 @@ def takes_input(input, dtype: torch.dtype | None = None) -> bool:
     """
     return (
         type(input) in _PLAIN_TYPES
-        and ((dtype or input.dtype) in _KERNEL_DTYPES if input.is_cpu else input.is_cuda and cuda.why_not(input) is None)
+        and (
+            (dtype or input.dtype) in _KERNEL_DTYPES if input.is_cpu else input.is_cuda and cuda.why_not(input) is None
+        )
         and input.layout is torch.strided
         and input.dim() == 4
         # The dispatcher alone resolves a lazy negation; a compiler sees no such inputs.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import cpu, reference
 from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
-from .batch_norm_act import normalise, uses_running_statistics
+from .batch_norm_act import normalised, uses_running_statistics
 from .conv2d_same import Conv2dSame
 from .depthwise import is_depthwise
 from .dispatch import activation_name, is_known, runs_triton, takes_input, unhooked
@@ -155,12 +155,16 @@ class TrainingBlock(Step):
             if isinstance(stage, Pool):
                 y = F.max_pool2d(y, *stage)
                 continue
-            done = "none"
+            layer = stage.conv
             if stage.conv is not None:
-                y, done = stage.conv(y), getattr(stage.conv, "activation", "none")
+                y = stage.conv(y)
             if stage.norm is not None:
-                y = normalise(stage.norm, y, stage.activation)
-            elif stage.activation != done:
+                layer, z = stage.norm, normalised(stage.norm, y, stage.activation)
+                if z is not None:
+                    y = z
+                    continue
+                y = stage.norm(y)
+            if stage.activation != getattr(layer, "activation", "none"):  # that of a module behind it
                 y = reference.ACTIVATIONS[stage.activation](y)
         if self.adds_input:
             y = y + x
