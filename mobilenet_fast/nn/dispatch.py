@@ -71,14 +71,14 @@ def runs_triton(input) -> bool:
 
 
 def takes_input(input, dtype: torch.dtype | None = None) -> bool:
-    """Whether kernels are written for this tensor, or for one like it of ``dtype``: a plain 4-D one, of a dtype that they
-    have on its device.
+    """Whether kernels are written for this tensor: a plain 4-D one, of a dtype (in its place, ``dtype``) that they have
+    on its device.
     """
+    if type(input) not in _PLAIN_TYPES:
+        return False
+    dtypes = _KERNEL_DTYPES if input.is_cpu else cuda.DTYPES if input.is_cuda and cuda.why_not(input) is None else ()
     return (
-        type(input) in _PLAIN_TYPES
-        and (
-            (dtype or input.dtype) in _KERNEL_DTYPES if input.is_cpu else input.is_cuda and cuda.why_not(input) is None
-        )
+        (dtype or input.dtype) in dtypes
         and input.layout is torch.strided
         and input.dim() == 4
         # The dispatcher alone resolves a lazy negation; a compiler sees no such inputs.
