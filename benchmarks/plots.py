@@ -1,4 +1,4 @@
-"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors; losses of training."""
+"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors; losses of training; predicted latencies."""
 
 import math
 import statistics
@@ -142,6 +142,23 @@ def losses(runs: dict[str, list[float]], facts: dict, file: Path):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"MobileNetV3-Small on handwritten digits, the same seed\n{title(facts)}", fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def latencies(points: list[tuple[float, float, float]], lines: list[str], facts: dict, file: Path):
+    """Of each network what the table predicts, what multiply-adds alone do, and what was measured; ms."""
+    figure, axes = plt.subplots(figsize=(7, 7), layout="constrained")
+    table, macs, measured = zip(*points, strict=True)
+    ends = 0.95 * min(map(min, points)), 1.05 * max(map(max, points))
+    axes.plot(ends, ends, color="black", linewidth=0.8)
+    axes.plot(measured, macs, "x", color="#3a7ca5", label=lines[2])
+    axes.plot(measured, table, "o", color="#c1121f", label=lines[1])
+    axes.set(xlabel="measured, ms", ylabel="predicted, ms", xlim=ends, ylim=ends, aspect="equal")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{lines[0]}, batch 1, 224 × 224\n{title(facts)}", fontsize=10)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

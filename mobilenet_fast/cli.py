@@ -10,7 +10,7 @@ import os
 import platform
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import version
 from importlib.resources import files
@@ -23,6 +23,7 @@ from torch import Tensor
 import mobilenet_fast
 from mobilenet_fast import cost, models
 from mobilenet_fast.messages import no_such
+from mobilenet_fast.progress import with_progress
 
 IMAGENET_MEAN_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 HALF = (127.5,) * 3, (127.5,) * 3
@@ -87,26 +88,6 @@ def find_pictures(paths: list[str]) -> list[Path]:
 
 def complain(message: str):
     print(f"mobilenet_fast: {message}", file=sys.stderr)
-
-
-def with_progress(work: Callable, items: Sequence, label: str = "", done: int = 0) -> Iterator:
-    """``map(work, items)``, with a bar on a terminal's stderr if there are many items.
-
-    The bar is there only while ``work`` runs, as results are likely to be printed on the same terminal. It has the
-    label in front, and starts behind those that are ``done`` already.
-    """
-    total = done + len(items)
-    shown = total >= 10 and sys.stderr.isatty()
-    for place, item in enumerate(items, done):
-        if shown:
-            bar = "#" * (20 * place // total)
-            print(f"{label}[{bar:<20}] {place}/{total}", end="", file=sys.stderr, flush=True)
-        try:
-            result = work(item)
-        finally:
-            if shown:
-                print("\r\033[K", end="", file=sys.stderr, flush=True)
-        yield result
 
 
 def load_model(name: str, weights: str | None) -> torch.nn.Module:
