@@ -287,7 +287,7 @@ def test_measured_latency_is_the_first_models_share(monkeypatch):
     def in_turn(models, x):
         assert x is X
         factor = next(slower)
-        return [factor * latency(model._model) for model in models]
+        return [factor * latency(model._model.model) for model in models]
 
     monkeypatch.setattr(module, "latencies_in_turn", in_turn)
     measured, expected = (adapt(latency=each, delta=0.15, target_latency_ms=2.5) for each in (None, latency))

@@ -22,7 +22,7 @@ from ..accelerate import accelerate
 from ..models.rounding import make_divisible
 from .blocks import KEEPS, ChannelGroup, channel_groups, shrink, with_widths
 
-__all__ = ["RULES", "NetAdapted", "latencies_in_turn", "netadapt"]
+__all__ = ["RULES", "MeasuredLatency", "NetAdapted", "latencies_in_turn", "netadapt"]
 
 RULES = ("ratio", "least loss")
 COLUMNS = ("step", "layer", "kind", "channels_before", "channels", "latency_ms", "accuracy", "score", "chosen")
@@ -113,7 +113,7 @@ def netadapt(
         steps: of fine-tuning, a proposal: the paper's T.
         final_steps: of the last fine-tuning; None is ``steps``.
         latency: ``latency(model)`` in ms, such as `LatencyTable.predict`; None measures it as
-            `mobilenet_fast.accelerate` runs it, beside the first model (`latencies_in_turn`). It should not grow when
+            `mobilenet_fast.accelerate` runs it, beside the first model (`MeasuredLatency`). It should not grow when
             channels are taken away.
         keep: which channels: "first" or "largest norm", see `shrink`.
         rule: which proposal is the best: "ratio", that of the largest change in accuracy over the reduction in latency,
@@ -171,7 +171,7 @@ def netadapt(
         "groups": {group.name: group.width(model) for group in groups},
     }
     run = _Run(model, groups, recipe, evaluate, finetune, log, checkpoint)
-    run.latency = latency or _Measured(model, example_input, run.state["first_latency_ms"])
+    run.latency = latency or MeasuredLatency(model, example_input, run.state["first_latency_ms"])
     return run.result(progress)
 
 
@@ -202,21 +202,41 @@ def latencies_in_turn(models: Sequence[Callable], x: Tensor, rounds: int = 15) -
     return [statistics.median(taken) for taken in times]
 
 
-class _Measured:
-    """The first model's latency, times how much of it another takes beside it."""
+class MeasuredLatency:
+    """``latency(model)`` of `netadapt`: the first model's latency in ms, times how much of it another takes beside it,
+    both as `mobilenet_fast.accelerate` runs them.
 
-    def __init__(self, first: nn.Module, x: Tensor, first_ms: float | None) -> None:
-        self.x, self.first_ms = x, first_ms
+    Args:
+        first: the model to compare with.
+        example_input: what both are called with, on their device.
+        first_ms: the first model's latency; None measures it at the first call.
+    """
+
+    def __init__(self, first: nn.Module, example_input: Tensor, first_ms: float | None = None) -> None:
+        self.x, self.first_ms = example_input, first_ms
         self.first = self.accelerated(first)
 
     def accelerated(self, model: nn.Module) -> nn.Module:
-        return accelerate(copy.deepcopy(model).eval(), (self.x,))
+        return accelerate(_OneShape(copy.deepcopy(model), self.x.shape).eval(), (self.x,))
 
     def __call__(self, model: nn.Module) -> float:
         ms, first_ms = latencies_in_turn([self.accelerated(model), self.first], self.x)
-        if self.first_ms is None:  # nothing was measured yet, so it is the first model
+        if self.first_ms is None:
             self.first_ms = first_ms
         return self.first_ms * ms / first_ms
+
+
+class _OneShape(nn.Module):
+    """Refuses other shapes, so that a capture for one picture is not tried for more, which takes most of its time."""
+
+    def __init__(self, model: nn.Module, shape: torch.Size) -> None:
+        super().__init__()
+        self.model, self.shape = model, shape
+
+    def forward(self, x: Tensor):
+        if x.shape != self.shape:
+            raise ValueError(f"netadapt: latency is measured for {tuple(self.shape)}, got {tuple(x.shape)}")
+        return self.model(x)
 
 
 class _Run:
