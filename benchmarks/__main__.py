@@ -33,8 +33,9 @@ TESTS = (
 CUDA_TESTS = ("test_triton_kernels.py",)
 # Of networks; of a layer alone one batch says enough.
 CUDA_BATCHES = {"models": [1, 32, 256], "layers": [32], "operators": [32]}
-# Modules with a command line of their own: a network on real pictures, predicted against measured latencies.
-OWN_OPTIONS = ("train", "latency")
+# Modules with a command line of their own: a network on real pictures, predicted against measured latencies, networks
+# made narrower, the papers' claims.
+OWN_OPTIONS = ("train", "latency", "netadapt", "ablations")
 
 
 def selected(names, wanted, what):
