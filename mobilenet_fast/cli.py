@@ -1,5 +1,6 @@
 """``python -m mobilenet_fast classify IMAGE…`` names photographs; ``profile`` times the steps of a model, ``cost``
-counts its arithmetic; ``convert-keras`` makes a state dict of Keras's weights; ``info`` says what the package runs on.
+counts its arithmetic, ``netadapt`` makes it narrower; ``convert-keras`` makes a state dict of Keras's weights; ``info``
+says what the package runs on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import mobilenet_fast
 from mobilenet_fast import cost, models
-from mobilenet_fast.messages import no_such
+from mobilenet_fast.messages import first_line, no_such
 from mobilenet_fast.progress import with_progress
 
 IMAGENET_MEAN_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -247,6 +248,73 @@ def print_cost(options) -> int:
     return 0
 
 
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def run_netadapt(options) -> int:
+    from mobilenet_fast.search.folders import PictureFolder
+    from mobilenet_fast.search.netadapt import netadapt
+
+    if not find_spec("PIL"):
+        raise SystemExit("mobilenet_fast: netadapt needs Pillow: pip install pillow")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        complain("--device cuda needs a GPU, torch sees none")
+        return 1
+
+    def read(path: Path) -> Tensor:
+        try:
+            return read_picture(path, options.model, options.size)
+        except Exception as error:  # decoders of broken files raise anything
+            raise ValueError(f"{path}: {error}") from None
+
+    out = options.out
+    try:
+        pictures = PictureFolder(options.pictures, read, options.batch, options.rate, options.device)
+        model = models.create_model(options.model, weights=options.weights, num_classes=len(pictures.classes))
+        out.mkdir(parents=True, exist_ok=True)
+        result = netadapt(
+            model.to(options.device, memory_format=torch.channels_last).eval(),
+            pictures.fit,
+            pictures.accuracy,
+            options.target_ms,
+            example_input=torch.zeros(1, 3, options.size, options.size, device=options.device),
+            delta=options.delta,
+            steps=options.steps,
+            final_steps=options.final_steps,
+            keep=options.keep,
+            rule=options.rule,
+            seed=options.seed,
+            log=out / "log.csv",
+            checkpoint=out / "checkpoint.pt",
+            progress=with_progress,
+        )
+    except (ImportError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
+        complain(first_line(error))
+        return 1
+    for row in (row for row in result.proposals if row["chosen"]):
+        print(f"{row['layer']}: {row['channels_before']} → {row['channels']} channels, {row['latency_ms']:.3g} ms")
+    print(f"latency {result.first_latency_ms:.3g} → {result.latency_ms:.3g} ms", end=", ")
+    print(f"accuracy {100 * result.first_accuracy:.1f} → {100 * result.accuracy:.1f} %")
+    torch.save(result.model, out / "model.pt")
+    if find_spec("matplotlib"):
+        result.plot(out / "plot.png")
+    print(f"written to {out}")
+    return 0
+
+
 @command_line
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("mobilenet_fast", description=mobilenet_fast.__doc__.splitlines()[0])
@@ -282,6 +350,25 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
     command.add_argument("--csv", action="store_true", help="as lines of CSV")
     command.set_defaults(run=print_cost)
+
+    command = commands.add_parser("netadapt", help="make a trained model faster, block by block")
+    command.add_argument("model", metavar="MODEL", type=model_name("classification"), help="as for profile")
+    command.add_argument("pictures", metavar="FOLDER", type=Path, help="has a folder of pictures for each class")
+    command.add_argument("--weights", metavar="WEIGHTS", required=True, help="of these classes: a state dict's path")
+    command.add_argument("--target-ms", type=positive_number, required=True, help="the latency to reach, batch 1")
+    command.add_argument("--out", type=Path, default=Path("netadapt"), help="folder; the same command goes on from it")
+    command.add_argument("--delta", type=fraction, default=0.01, help="share of the latency a step (%(default)s)")
+    command.add_argument("--steps", type=positive, default=10_000, help="to fine-tune a proposal (%(default)s)")
+    command.add_argument("--final-steps", type=positive, help="at the end; default: as many")
+    command.add_argument("--keep", choices=("first", "largest norm"), default="first", help="channels (%(default)s)")
+    command.add_argument("--rule", choices=("ratio", "least loss"), default="ratio", help="for the best (%(default)s)")
+    command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
+    command.add_argument("--batch", type=positive, default=32, help="pictures a training step (%(default)s)")
+    command.add_argument("--rate", type=positive_number, default=0.01, help="of training (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of fine-tuning (%(default)s)")
+    command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="%(default)s, or the first GPU")
+    command.set_defaults(run=run_netadapt)
 
     command = commands.add_parser("convert-keras", help="make a state dict of the weights of Keras's network")
     command.add_argument("file", metavar="FILE", help="an .h5, .weights.h5 or .keras file")

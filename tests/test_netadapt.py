@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from mobilenet_fast import cost
+from mobilenet_fast import cli, cost, models
 from mobilenet_fast.nn import ConvNormAct, InvertedResidual
 from mobilenet_fast.search.blocks import channel_groups, with_widths
 from mobilenet_fast.search.netadapt import latencies_in_turn, netadapt
@@ -355,3 +355,33 @@ def test_a_checkpoint_of_another_run(tmp_path):
     with pytest.raises(ValueError, match=r"netadapt: .*run\.pt was made with another delta, seed"):
         adapt(checkpoint=file, delta=0.1, seed=3)
     assert file.read_bytes() == before
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    """On four colours' pictures; latency is that of the multiply-accumulates."""
+    image = pytest.importorskip("PIL.Image")
+    for label, colour in enumerate(("red", "lime", "blue", "white")):
+        (tmp_path / "pictures" / colour).mkdir(parents=True)
+        for i in range(5):
+            image.new("RGB", (40 + label, 40 + i), colour).save(tmp_path / "pictures" / colour / f"{i}.png")
+    model = models.mobilenet_v3_small(num_classes=4)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    macs = cost.count(model, (1, 3, 32, 32)).macs
+    module = sys.modules[netadapt.__module__]
+    count = lambda model: cost.count(model, (1, 3, 32, 32)).macs / macs  # noqa: E731
+    monkeypatch.setattr(module, "MeasuredLatency", lambda *arguments: count)
+    command = ["netadapt", "mobilenet_v3_small", str(tmp_path / "pictures"), "--weights", str(tmp_path / "weights.pt")]
+    command += ["--target-ms", "0.9", "--delta", "0.05", "--steps", "1", "--size", "32", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "latency 1 → 0.8" in printed
+    narrow = torch.load(tmp_path / "out" / "model.pt", weights_only=False)
+    assert count(narrow) <= 0.9
+    assert {"log.csv", "checkpoint.pt", "model.pt"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert cli.main(command) == 0  # from the checkpoint
+    assert capsys.readouterr().out == printed
+    assert cli.main([*command[:-1], str(tmp_path / "other"), "--target-ms", "0.01"]) == 1
+    assert "netadapt: target_latency_ms=0.01 can't be reached" in capsys.readouterr().err
+    (tmp_path / "pictures" / "red" / "9.png").write_text("nothing")
+    assert cli.main(command) == 1
+    assert "9.png" in capsys.readouterr().err
