@@ -1,4 +1,4 @@
-"""``python -m benchmarks [models|layers|operators|demo|zoo] [--device cuda]``, or train or latency: see --help."""
+"""``python -m benchmarks [models|layers|operators|demo|zoo] [--device cuda]``, or train …: see --help."""
 
 import argparse
 import os
@@ -33,9 +33,9 @@ TESTS = (
 CUDA_TESTS = ("test_triton_kernels.py",)
 # Of networks; of a layer alone one batch says enough.
 CUDA_BATCHES = {"models": [1, 32, 256], "layers": [32], "operators": [32]}
-# Modules with a command line of their own: a network on real pictures, predicted against measured latencies, networks
-# made narrower, the papers' claims.
-OWN_OPTIONS = ("train", "latency", "netadapt", "ablations")
+# Modules with a command line of their own: a network on real pictures, predicted against measured latencies, searches,
+# networks made narrower, the papers' claims.
+OWN_OPTIONS = ("train", "latency", "search", "netadapt", "ablations")
 
 
 def selected(names, wanted, what):

@@ -1,5 +1,6 @@
-"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors; losses of training; latencies."""
+"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors; losses, latencies, searches."""
 
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -159,6 +160,27 @@ def latencies(points: list[tuple[float, float, float]], lines: list[str], facts:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{lines[0]}, batch 1, 224 × 224\n{title(facts)}", fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def searches(found: dict, target_ms: float, facts: dict, file: Path):
+    """Of each search the networks tried, by latency and accuracy, with its front, and the best reward so far."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for (method, result), colour in zip(found.items(), ("#c1121f", "#3a7ca5", "#888888"), strict=False):
+        trials, front = result.trials, result.pareto
+        left.plot([t.latency_ms for t in trials], [t.accuracy for t in trials], ".", color=colour, alpha=0.5)
+        left.step([t.latency_ms for t in front], [t.accuracy for t in front], where="post", color=colour, label=method)
+        best = list(itertools.accumulate((t.reward for t in trials), max))
+        right.step(range(1, len(best) + 1), best, where="post", color=colour, label=method)
+    left.axvline(target_ms, color="black", linestyle=":", linewidth=0.8)
+    left.set(xlabel="predicted latency, ms (dotted: target)", ylabel="accuracy after the short training")
+    right.set(xlabel="trials", ylabel="best reward so far")
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title(facts), fontsize=10)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

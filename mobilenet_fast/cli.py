@@ -341,7 +341,7 @@ def search(options) -> int:
             log=options.log,
             seed=options.seed,
         )
-    except (ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         complain(str(error))
         return 1
     print(f"{'trial':>5}  {'accuracy':>8}  {'ms':>7}  {'reward':>7}  network")
@@ -359,13 +359,12 @@ def search(options) -> int:
 def named_callable(text: str) -> Callable:
     """``module:function``, importable from the current folder too."""
     module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # for good: processes that evaluate take it over
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"must be module:function, got {text} ({error})") from None
-    finally:
-        sys.path.pop(0)
     if not callable(found):
         raise argparse.ArgumentTypeError(f"must be module:function, got {text}, which is no function")
     return found

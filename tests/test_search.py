@@ -232,13 +232,16 @@ def test_search_refuses(options, message):
 
 
 def test_no_log(tmp_path):
-    (tmp_path / "log.csv").write_text("step,loss\n1,2\n")
-    with pytest.raises(ValueError, match="is no log of a search"):
-        platform_aware_search(TINY, parameters, layers, 30, 5, log=tmp_path / "log.csv", progress=False)
+    for text in ("step,loss\n1,2\n", "trial,accuracy,latency_ms,reward,choices,network\n1,2\n"):
+        (tmp_path / "log.csv").write_text(text)
+        with pytest.raises(ValueError, match="is no log of a search"):
+            platform_aware_search(TINY, parameters, layers, 30, 5, log=tmp_path / "log.csv", progress=False)
+        assert (tmp_path / "log.csv").read_text() == text
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     Path("judge_of_networks.py").write_text("def few(network):\n    return 1 / len(list(network.modules()))\n")
     monkeypatch.setattr(search.LatencyTable, "predict", lambda table, network: layers(network))
     command = "search --target-ms 400 --trials 6 --method random --evaluate judge_of_networks:few".split()
@@ -248,6 +251,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "(best reward)" in printed and len(Path("log.csv").read_text().splitlines()) == 7
     assert Architecture(**{**(best := json.loads(Path("best.json").read_text())), "blocks": ()}).num_classes == 10
     assert len(best["blocks"]) == 4
+    command[command.index("log.csv")] = "nowhere/log.csv"
+    assert cli.main(command) == 1
+    assert "nowhere/log.csv" in capsys.readouterr().err
     command[2] = "1"
     assert cli.main(command) == 1
     assert "no network of digits takes 1 ms" in capsys.readouterr().err

@@ -201,8 +201,11 @@ class _Log:
         lines = list(csv.reader(whole.splitlines()))
         if lines and tuple(lines[0]) != COLUMNS:
             raise ValueError(f"platform_aware_search: {path} is no log of a search")
-        for number, accuracy, ms, _, choices, _ in lines[1:]:
-            self.rows[int(number)] = tuple(map(int, choices.split())), float(accuracy), float(ms)
+        try:
+            for number, accuracy, ms, _, choices, _ in lines[1:]:
+                self.rows[int(number)] = tuple(map(int, choices.split())), float(accuracy), float(ms)
+        except ValueError as error:
+            raise ValueError(f"platform_aware_search: {path} is no log of a search ({error})") from None
         if whole != text or not lines:
             path.write_text(whole or ",".join(COLUMNS) + "\n")
 
