@@ -83,9 +83,7 @@ def test_every_claims_networks_differ():
 
 
 def test_netadapt_beside_the_width_multiplier(tmp_path, monkeypatch):
-    command = (
-        "netadapt --seeds 0 --first-steps 2 --steps 1 --final-steps 2 --delta 0.15 --pictures 64".split()
-    )
+    command = "netadapt --seeds 0 --first-steps 2 --steps 1 --final-steps 2 --cut 0.1 --delta 0.1 --pictures 64".split()
     command += ["--size", "32", "--threads", "1", "--out", str(tmp_path)]
     x = (1, 3, 32, 32)
     monkeypatch.setattr(netadapt.Comparison, "measure", lambda self, model: cost.count(model, x).macs / 1e6)
@@ -108,5 +106,5 @@ def test_netadapt_beside_the_width_multiplier(tmp_path, monkeypatch):
     chosen = sum(row["chosen"] == "True" for row in read(tmp_path / "netadapt_0.csv"))
     assert [int(row["steps"]) for row in rows] == [2, *[2 + 2 + chosen] * 3]
     ms = [float(row["latency_ms"]) for row in rows]
-    assert max(ms[1:]) <= 0.75 * ms[0]
+    assert max(ms[1:]) <= 0.9 * ms[0]
     assert ms[1] == ms[2]

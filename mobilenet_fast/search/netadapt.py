@@ -175,7 +175,7 @@ def netadapt(
     return run.result(progress)
 
 
-def latencies_in_turn(models: Sequence[Callable], x: Tensor, rounds: int = 15) -> list[float]:
+def latencies_in_turn(models: Sequence[Callable], x: Tensor, rounds: int = 50) -> list[float]:
     """The median time in ms of a call of each model, called in turn, so that a change in the machine's speed meets all.
 
     Args:
@@ -193,8 +193,10 @@ def latencies_in_turn(models: Sequence[Callable], x: Tensor, rounds: int = 15) -
     with torch.no_grad():
         for model in models:
             call(model)
+        pairs = [*zip(models, times, strict=True)]
         for _ in range(rounds):
-            for model, taken in zip(models, times, strict=True):
+            pairs.reverse()  # a disturbance that comes and goes as regularly as the turns would meet one of them alone
+            for model, taken in pairs:
                 turn = time.perf_counter()
                 while (start := time.perf_counter()) - turn < _TURN_S:
                     call(model)
