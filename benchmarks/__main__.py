@@ -1,10 +1,11 @@
-"""``python -m benchmarks [models|layers|operators|demo|zoo] [--device cuda]``, ``… train``: see --help."""
+"""``python -m benchmarks [models|layers|operators|demo|zoo] [--device cuda]``, or train …: see --help."""
 
 import argparse
 import os
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 from benchmarks import report
@@ -32,6 +33,9 @@ TESTS = (
 CUDA_TESTS = ("test_triton_kernels.py",)
 # Of networks; of a layer alone one batch says enough.
 CUDA_BATCHES = {"models": [1, 32, 256], "layers": [32], "operators": [32]}
+# Modules with a command line of their own: a network on real pictures, predicted against measured latencies, searches,
+# networks made narrower, the papers' claims.
+OWN_OPTIONS = ("train", "latency", "search", "netadapt", "ablations")
 
 
 def selected(names, wanted, what):
@@ -56,9 +60,9 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         "benchmarks",
         description="Times this package against others.",
-        epilog="train, a network on real pictures, has options of its own: benchmarks train --help",
+        epilog=f"{' and '.join(OWN_OPTIONS)} have options of their own: benchmarks train --help",
     )
-    parser.add_argument("suite", nargs="?", default="models", choices=(*SUITES, "train"))
+    parser.add_argument("suite", nargs="?", default="models", choices=(*SUITES, *OWN_OPTIONS))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
     parser.add_argument(
         "--case", "--only", nargs="+", metavar="WORD", help="only cases whose name, or a layer's model, has a word"
@@ -89,8 +93,8 @@ def parse(arguments):
     parser.add_argument("--skip-latency", action="store_true", help="zoo: counts, parity and kernels alone")
     parser.add_argument("--list", action="store_true", help="list cases and peers")
     options = parser.parse_args(arguments)
-    if options.suite == "train":
-        parser.error("train comes first: benchmarks train, then its own options")
+    if options.suite in OWN_OPTIONS:
+        parser.error(f"{options.suite} comes first: benchmarks {options.suite}, then its own options")
 
     def refuse(who, names):
         for name in names:
@@ -153,10 +157,8 @@ def has_gpu() -> bool:
 @command_line
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["train"]:
-        from benchmarks import train
-
-        return train.main(arguments[1:])
+    if arguments and arguments[0] in OWN_OPTIONS:
+        return import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
     options = parse(arguments)
     cases = {case.name: case for case in cases_of(options.suite, options.device)}
     searched = {name: " ".join([name, *case.models]) for name, case in cases.items()}

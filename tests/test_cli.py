@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mobilenet_fast import cli, cuda
+from mobilenet_fast.progress import with_progress
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -108,18 +109,18 @@ def test_classify_tells_what_is_wrong_with_weights(photographs, tmp_path):
 def test_progress_is_gone_whenever_a_result_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     shown = ""
-    for i, result in enumerate(cli.with_progress(lambda item: item + 1, list(range(20)))):
+    for i, result in enumerate(with_progress(lambda item: item + 1, list(range(20)))):
         assert result == i + 1
         shown = capsys.readouterr().err
         assert f"{i}/20" in shown and shown.endswith("\r\033[K")
     assert shown.count("#") == 19
-    assert list(cli.with_progress(str, [1, 2])) == ["1", "2"]
+    assert list(with_progress(str, [1, 2])) == ["1", "2"]
     assert capsys.readouterr().err == ""
 
 
 def test_progress_goes_on_from_what_is_done(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert list(cli.with_progress(str, range(18, 20), "steps ", 18)) == ["18", "19"]
+    assert list(with_progress(str, range(18, 20), "steps ", 18)) == ["18", "19"]
     shown = capsys.readouterr().err
     assert f"steps [{'#' * 18}  ] 18/20" in shown and f"steps [{'#' * 19} ] 19/20" in shown
 
@@ -127,7 +128,7 @@ def test_progress_goes_on_from_what_is_done(monkeypatch, capsys):
 def test_progress_is_gone_after_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with pytest.raises(ZeroDivisionError):
-        list(cli.with_progress(lambda item: 1 // item, [0] * 20))
+        list(with_progress(lambda item: 1 // item, [0] * 20))
     assert capsys.readouterr().err.endswith("\r\033[K")
 
 

@@ -524,6 +524,16 @@ def test_hardswish_from(size, hardswish_from, count):
     assert shapes(model) == shapes(usual)
 
 
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_mobilenet_v3_without_squeeze_and_excitation(size):
+    with torch.device("meta"):
+        model, usual = (models.create_model(f"mobilenet_v3_{size}", squeeze_excite=on) for on in (False, True))
+    kinds = fast.SqueezeExcitation, nn.Hardswish
+    counts, usual = ([sum(isinstance(m, kind) for m in net.modules()) for kind in kinds] for net in (model, usual))
+    assert usual[0] == {"small": 9, "large": 8}[size]
+    assert counts == [0, usual[1]]
+
+
 def test_options_of_mobilenet_v3_go_together():
     torch.manual_seed(0)
     kwargs = {"stem_channels": 32, "efficient_last_stage": False, "dilated": True, "reduced_tail": True}

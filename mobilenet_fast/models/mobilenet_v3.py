@@ -111,8 +111,8 @@ def mobilenet_v3_small(weights: Weights | None = None, **kwargs) -> MobileNetV3:
 class MobileNetV3(nn.Module):
     """(N, in_chans, H, W) → (N, num_classes).
 
-    The last four arguments make the networks that the paper compares its own with, and leave keys and numbers as they
-    are by default.
+    The arguments from ``stem_channels`` to ``squeeze_excite`` make the networks that the paper compares its own with,
+    and leave keys and numbers as they are by default.
 
     Args:
         blocks: the rows of the paper's table.
@@ -133,6 +133,7 @@ class MobileNetV3(nn.Module):
             paper's table gives it at least N output channels, and ReLU if fewer; 16 has hardswish everywhere,
             ``math.inf`` nowhere. None is as the paper's table: in the stem, and from 80 channels on (Large) or 40
             (Small).
+        squeeze_excite: where the paper's table has it (section 5.3); False leaves it out everywhere.
         same_padding: pad as TensorFlow does, for weights from there.
 
     Raises:
@@ -156,6 +157,7 @@ class MobileNetV3(nn.Module):
         stem_channels: int = 16,
         efficient_last_stage: bool = True,
         hardswish_from: float | None = None,
+        squeeze_excite: bool = True,
         same_padding: bool = False,
     ) -> None:
         super().__init__()
@@ -168,6 +170,9 @@ class MobileNetV3(nn.Module):
             hardswish_from = math.inf
         elif not isinstance(hardswish_from, (numbers.Real, type(None))):
             raise TypeError(f"mobilenet_v3: hardswish_from must be a number, got {type(hardswish_from).__name__}")
+
+        if not squeeze_excite:
+            blocks = [block._replace(squeezes=False) for block in blocks]
 
         def activation(out_channels: int, default: str = "hardswish") -> str:
             """Of a layer with so many channels in the paper's table, and this activation there."""

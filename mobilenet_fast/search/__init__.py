@@ -1,0 +1,23 @@
+"""Networks designed by measured latency: tables of it, MnasNet's search, NetAdapt (docs/search.md)."""
+
+from .latency import LatencyTable
+from .netadapt import netadapt
+from .platform_aware_search import SearchResult, Trial, platform_aware_search
+from .reward import reward
+from .space import Architecture, Block, SearchSpace, Stage, digits_space, mnasnet_space, mobilenet_v3_space
+
+__all__ = [
+    "Architecture",
+    "Block",
+    "LatencyTable",
+    "SearchResult",
+    "SearchSpace",
+    "Stage",
+    "Trial",
+    "digits_space",
+    "mnasnet_space",
+    "mobilenet_v3_space",
+    "netadapt",
+    "platform_aware_search",
+    "reward",
+]
