@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import nn as fast
 from .nn.depthwise import is_depthwise
 from .nn.dispatch import activation_name, activation_of, known, unhooked
-from .nn.fusion import PLANS, Chained, Links, run_chain
+from .nn.fusion import PLANS, Chained, Links, RunsChains, run_chain
 from .nn.pointwise import is_pointwise
 
 __all__ = ["Replacement", "replace_layers", "restore_layers"]
@@ -271,7 +271,7 @@ class XceptionBlock(Block):
         return self.skipbn(self.skip(input))
 
 
-class Network(nn.Module):
+class Network(RunsChains):
     """A network whose ``forward_features`` runs its children one after another."""
 
     def chains(self) -> list[Links]:

@@ -7,13 +7,13 @@ import socket
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import import_torchvision
+from helpers import import_timm, import_torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 import mobilenet_fast
 from mobilenet_fast import nn as fast
-from mobilenet_fast import replace_layers, training_report
+from mobilenet_fast import replace_layers, restore_layers, training_report
 
 
 def network(seed=0, activation=nn.SiLU):
@@ -262,6 +262,38 @@ def test_report():
     assert len(set(named)) == len(named)
     with pytest.raises(TypeError, match="training_report: model must be an nn.Module, got int"):
         training_report(3)
+
+
+@pytest.mark.parametrize(("name", "blocks", "size"), (("mobilenetv1_100", 1, 64), ("legacy_xception", 18, 96)))
+def test_timm_networks_are_chains(name, blocks, size):
+    """The stem and what stands between blocks train in blocks too, and hooks and checkpoints still count."""
+    stock = import_timm().create_model(name, num_classes=5).double()
+    ours = replace_layers(copy.deepcopy(stock))
+    rows = training_report(ours)
+    assert sum(row.is_block for row in rows) == blocks
+    assert all(row.is_block for row in rows if row.modules != ("fc",) and row.modules != ("classifier",))
+    x = torch.randn(2, 3, size, size, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+
+    def compare():
+        for model in (stock, ours):
+            model.zero_grad()
+            model(x).square().sum().backward()
+        largest = max(parameter.grad.abs().max() for parameter in stock.parameters())
+        for a, b in zip(stock.parameters(), ours.parameters(), strict=True):
+            assert (a.grad - b.grad).abs().max() <= 1e-9 * largest
+
+    compare()
+    fired = []
+    ours.bn1.register_forward_hook(lambda *a: fired.append("bn1"))
+    compare()
+    assert fired == ["bn1"]
+    if name == "mobilenetv1_100":
+        ours.set_grad_checkpointing()
+        assert sum(row.is_block for row in training_report(ours)) > 0
+        compare()
+    restored = restore_layers(ours)
+    assert type(restored) is type(stock)
+    assert not any("_plan" in attribute for module in restored.modules() for attribute in vars(module))
 
 
 def test_report_names_what_runs(monkeypatch):

@@ -191,8 +191,11 @@ def test_layouts(layout, monkeypatch):
     check(module, image()[:, :, ::2, 1:], monkeypatch)
 
 
-def test_results_do_not_depend_on_threads():
-    module, x = inverted_residual(hidden=70, kernel=5), image(9, 8, 40, 40)
+@pytest.mark.parametrize(
+    "make", (lambda: inverted_residual(hidden=70, kernel=5), lambda: stem(channels=8, pool=(3, 2)))
+)
+def test_results_do_not_depend_on_threads(make):
+    module, x = make(), image(9, 8, 40, 40)
     results = []
     threads = torch.get_num_threads()
     try:
@@ -486,6 +489,16 @@ def test_dense_convolutions(case, dtype, on_isa, monkeypatch):
     case = dict(case)
     size = case.pop("size")
     check(stem(**case), image(3, case["channels"], *size, dtype), monkeypatch, blocks=1)
+
+
+@pytest.mark.parametrize("activation", ("none", "relu6"))
+def test_a_stem_of_an_input_without_gradient(activation, on_isa):
+    module, x = stem(activation=activation, before=False), image(4, 3, 21, 22)
+    same = copy.deepcopy(module)
+    module(x).sum().backward()
+    same(x.requires_grad_()).sum().backward()
+    for a, b in zip(module.parameters(), same.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,11 +13,12 @@ namespace {
 template <class T>
 class WeightGradient final : public Step {
  public:
-  WeightGradient(Isa isa, ImageShape x, ImageShape y, Window window)
+  WeightGradient(Isa isa, ImageShape x, ImageShape y, Window window, const GradientAt& gradient)
       : kernels_(kernels<T>(isa)),
         x_(x),
         y_(y),
         window_(window),
+        gradient_(gradient),
         depth_(window.kernel_h * window.kernel_w * x.c),
         blocks_(y.n, y.pixels(), most_pixels()) {
     // As many sums as there are groups: fewer where those are larger than what they are summed from.
@@ -28,7 +29,7 @@ class WeightGradient final : public Step {
   int64_t sums_elements() const { return groups_ * y_.c * depth_; }
   void set_sums(at::Tensor sums) { sums_ = std::move(sums); }
 
-  // Buffers: the gradient at y, x, and the weight's gradient.
+  // Buffers: the gradient, y (or null), x, and the weight's gradient.
   void run(const Work& work) const override {
     const int64_t elements = y_.c * depth_;
     const Range groups = work.team.share(groups_);
@@ -40,31 +41,48 @@ class WeightGradient final : public Step {
       for (int64_t b = range.begin; b < range.end; ++b) {
         const Range rows = blocks_.block(b);
         for (int64_t row = rows.begin; row < rows.end; ++row) {
-          copy_window(work.buffer<T>(1), row, windows + (row - rows.begin) * depth_);
+          copy_window(work.buffer<T>(2), row, windows + (row - rows.begin) * depth_);
         }
+        T* of_y = windows + rows.size() * depth_;
         GemmTransposedArgs<T> args{};
         args.rows = rows.size();
-        args.a = work.buffer<T>(0) + rows.begin * y_.c;
+        args.a = gradient_at_y(work, b, of_y);
         args.b = windows;
         args.a_stride = args.columns_a = y_.c;
         args.b_stride = args.columns_b = args.out_stride = depth_;
         args.out = sums;
-        args.panel = windows + rows.size() * depth_;
+        args.panel = of_y + rows.size() * y_.c;
         kernels_.gemm_transposed(args);
       }
     }
     work.team.sync();
-    merge_sums(sums_.const_data_ptr<T>(), groups_, elements, work.team.share(elements), work.buffer<T>(2));
+    merge_sums(sums_.const_data_ptr<T>(), groups_, elements, work.team.share(elements), work.buffer<T>(3));
   }
 
   size_t thread_scratch_bytes() const override {
-    return static_cast<size_t>(blocks_.largest() * (depth_ + kernels_.panel_vectors * kernels_.lanes)) * sizeof(T);
+    const int64_t panel = kernels_.panel_vectors * kernels_.lanes;
+    return static_cast<size_t>(blocks_.largest() * (depth_ + y_.c + panel)) * sizeof(T);
   }
   std::string describe() const override { return "weight gradient"; }
 
  private:
   int64_t most_pixels() const {
     return std::clamp<int64_t>(l2_cache_bytes() / 2 / static_cast<int64_t>(sizeof(T)) / (depth_ + y_.c), 48, 384);
+  }
+
+  // That of a block's pixels: in `of_y`, unless it is there already.
+  const T* gradient_at_y(const Work& work, int64_t block, T* of_y) const {
+    const int64_t c = y_.c, begin = blocks_.block(block).begin;
+    const T *grad = work.buffer<T>(0), *y = work.buffer<T>(1);
+    if (!gradient_.coefficients.has_value() && gradient_.activation == Activation::kNone) return grad + begin * c;
+    blocks_.for_each_image(block, [&](int64_t image, Range part, int64_t) {
+      NormGradientArgs<T> args =
+          gradient_args<T>(gradient_, grad + part.begin * c, y + part.begin * c, c, image, part.size(), 0, c);
+      args.out = of_y + (part.begin - begin) * c;
+      args.out_stride = c;
+      kernels_.norm_gradient(args);
+    });
+    return of_y;
   }
 
   void copy_window(const T* x, int64_t pixel, T* out) const {
@@ -92,6 +110,7 @@ class WeightGradient final : public Step {
   const Kernels<T>& kernels_;
   ImageShape x_, y_;
   Window window_;
+  GradientAt gradient_;
   int64_t depth_;
   PixelBlocks blocks_;
   int64_t groups_;
@@ -169,16 +188,20 @@ ConvGradients conv2d_gradients(const GradientAt& gradient, const at::Tensor& x, 
   }
   TORCH_CHECK_VALUE(!read.gate.has_value(), kName, ": reads no gate");
   const bool changes = gradient.coefficients.has_value() || gradient.activation != Activation::kNone;
-  const at::Tensor d = changes ? batch_norm_gradient(gradient) : gradient.grad;
+  // The input of most stems needs no gradient: then the one at y is read once, as it is computed.
+  const bool is_written = changes && need_input;
+  const at::Tensor d = is_written ? batch_norm_gradient(gradient) : gradient.grad;
   const Isa isa = current_isa();
   ConvGradients result;
   if (need_weight) {
     const at::Tensor z = read.folded.has_value() ? batch_norm_apply(x, read, std::nullopt) : x;
     at::Tensor found = at::empty({k, weight.size(2), weight.size(3), x.size(1)}, weight.options().requires_grad(false));
     dispatch(x.scalar_type(), [&](auto zero) {
-      WeightGradient<decltype(zero)> step(isa, shape_of(z), shape_of(d), g.window);
+      const GradientAt at_y = is_written ? GradientAt{d, {}, {}, Activation::kNone, {}, {}, {}} : gradient;
+      WeightGradient<decltype(zero)> step(isa, shape_of(z), shape_of(d), g.window, at_y);
       step.set_sums(empty_for_now(step.sums_elements(), x));
-      run_step(step, {buffer_of(d), buffer_of(z), buffer_of(found)});
+      run_step(step,
+               {buffer_of(d), at_y.y.has_value() ? buffer_of(*at_y.y) : Buffer{}, buffer_of(z), buffer_of(found)});
     });
     result.weight = found.permute({0, 3, 1, 2}).contiguous();
   }

@@ -124,9 +124,10 @@ class _ByBatch(torch.autograd.Function):
                 found = torch.autograd.grad(reference.ACTIVATIONS[activation](z), wanted, grad, create_graph=True)
             found = iter(found)
             return *(next(found) if need else None for need in needed), None, None
-        of_input, *of_affine = cuda.batch_norm_act_training_backward(grad, input, mean, rstd, weight, bias, activation)
-        of_affine = [g.to(weight.dtype) if need else None for g, need in zip(of_affine, needed[1:], strict=True)]
-        return of_input if needed[0] else None, *of_affine, None, None
+        grad = grad.resolve_neg()  # which kernels don't know
+        found = cuda.batch_norm_act_training_backward(grad, input, mean, rstd, weight, bias, activation)
+        operands = input, weight, bias
+        return *(g.to(t.dtype) if need else None for g, t, need in zip(found, operands, needed, strict=True)), None, None
 
 
 class SyncBatchNormAct(nn.SyncBatchNorm):

@@ -29,7 +29,14 @@ class Links(NamedTuple):
     adds_input: bool = False
 
 
-class Chained(nn.Module):
+class RunsChains(nn.Module):
+    """A module whose calls run chains by `run_chain`."""
+
+    def chains(self) -> list[Links]:
+        raise NotImplementedError
+
+
+class Chained(RunsChains):
     """A module that runs others one after another, as few kernel calls where that makes no other difference.
 
     That is in eager mode, for tensors that `mobilenet_fast.functional` has kernels for, and with modules that have no
@@ -46,7 +53,6 @@ class Chained(nn.Module):
         raise NotImplementedError
 
     def chains(self) -> list[Links]:
-        """All that a call runs."""
         links = self.links()
         return [] if links is None else [links]
 
@@ -275,7 +281,7 @@ def training_report(model: nn.Module) -> list[TrainingPart]:
                     visit(module, True)
 
     def visit(module: nn.Module, in_chain: bool) -> None:
-        chains = module.chains() if hasattr(module, "chains") and "forward" not in vars(module) else []
+        chains = module.chains() if isinstance(module, RunsChains) and "forward" not in vars(module) else []
         if chains:
             run = [part for links in chains for part in links.modules]
             for links in chains:
@@ -283,10 +289,10 @@ def training_report(model: nn.Module) -> list[TrainingPart]:
             for child in module.children():
                 if child not in run:
                     visit(child, False)
-        elif is_known_type(type(module)) and not isinstance(module, Chained):
+        elif is_known_type(type(module)) and not isinstance(module, RunsChains):
             alone(module, why_not_trained(module) if in_chain else "it is called by a module that is not known")
         else:
-            if in_chain and not isinstance(module, Chained):
+            if in_chain and not isinstance(module, RunsChains):
                 alone(module, why_not_trained(module))
             for child in module.children():
                 visit(child, False)
