@@ -127,7 +127,11 @@ class _ByBatch(torch.autograd.Function):
         grad = grad.resolve_neg()  # which kernels don't know
         found = cuda.batch_norm_act_training_backward(grad, input, mean, rstd, weight, bias, activation)
         operands = input, weight, bias
-        return *(g.to(t.dtype) if need else None for g, t, need in zip(found, operands, needed, strict=True)), None, None
+        return (
+            *(g.to(t.dtype) if need else None for g, t, need in zip(found, operands, needed, strict=True)),
+            None,
+            None,
+        )
 
 
 class SyncBatchNormAct(nn.SyncBatchNorm):
