@@ -24,6 +24,7 @@ from mobilenet_fast.accelerate.passes import optimise
 from mobilenet_fast.accelerate.roofline import H100, Work
 
 BATCHES = (1, 32, 256)
+DTYPES = (torch.float16, torch.float32)  # bfloat16 counts as float16 does
 MODELS = {
     "mobilenet_v1": 224,
     "mobilenet_v2": 224,
@@ -36,16 +37,17 @@ MODELS = {
     "inception_v3": 299,
 }
 Steps = list[tuple[cuda.Row, Work]]
+Networks = dict[tuple[str, torch.dtype], dict[int, Steps]]
 
 
-def steps_of(model: str, size: int) -> dict[int, Steps]:
-    """For each batch size, the plan's rows in float16, and what each asks of the GPU."""
+def steps_of(model: str, size: int, dtype: torch.dtype = torch.float16) -> dict[int, Steps]:
+    """For each batch size, the plan's rows in this dtype, and what each asks of the GPU."""
     options = {"aux_logits": False} if model in ("googlenet", "inception_v3") else {}
-    network = models.create_model(model, **options).eval().requires_grad_(False).half()
-    capture = Capture(network, (torch.zeros(2, 3, size, size, dtype=torch.float16),), {}, None)
+    network = models.create_model(model, **options).eval().requires_grad_(False).to(dtype)
+    capture = Capture(network, (torch.zeros(2, 3, size, size, dtype=dtype),), {}, None)
     found = {}
     for batch in BATCHES:
-        image = torch.empty(batch, 3, size, size, dtype=torch.float16, device="meta")
+        image = torch.empty(batch, 3, size, size, dtype=dtype, device="meta")
         graph = optimise(capture.lower([image], network.state_dict(), cuda.KERNEL_DTYPES))
         plan = cuda.build(graph, cuda.CudaWeights(), torch.device("cpu"), H100)
         works = [step.work for step in plan.steps if step.kernel]
@@ -55,6 +57,7 @@ def steps_of(model: str, size: int) -> dict[int, Steps]:
 
 COLUMNS = (
     "model",
+    "dtype",
     "batch",
     "step",
     "name",
@@ -68,14 +71,25 @@ COLUMNS = (
 )
 
 
-def write_csv(networks: dict[str, dict[int, Steps]], file: Path) -> None:
+def write_csv(networks: Networks, file: Path) -> None:
     with file.open("w", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for model, batches in networks.items():
+        for (model, dtype), batches in networks.items():
             for batch, steps in batches.items():
                 for i, (row, work) in enumerate(steps):
-                    known = model, batch, i, row.name, row.kernel, _shape(row.shape), row.bytes, row.macs, work.bound()
+                    known = (
+                        model,
+                        _name(dtype),
+                        batch,
+                        i,
+                        row.name,
+                        row.kernel,
+                        _shape(row.shape),
+                        row.bytes,
+                        row.macs,
+                        work.bound(),
+                    )
                     writer.writerow([*known, f"{1e6 * work.seconds():.2f}", ""])
 
 
@@ -84,9 +98,9 @@ def table(heading: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join([lines[0], "|---" * len(heading) + "|", *lines[1:]])
 
 
-def summary(networks: dict[str, dict[int, Steps]]) -> str:
+def summary(networks: Networks) -> str:
     rows = []
-    for model, batches in networks.items():
+    for (model, dtype), batches in networks.items():
         for batch, steps in batches.items():
             seconds, bounds = sum(work.seconds() for _, work in steps), Counter()
             for _, work in steps:
@@ -94,8 +108,20 @@ def summary(networks: dict[str, dict[int, Steps]]) -> str:
             shares = ", ".join(f"{bound} {100 * value / seconds:.0f} %" for bound, value in bounds.most_common())
             megabytes = sum(row.bytes for row, _ in steps) / 1e6 / batch
             speed = f"{batch / seconds:,.0f}"
-            rows.append((model, batch, len(steps), f"{megabytes:.1f}", f"{1e3 * seconds:.3f}", speed, shares, ""))
-    heading = ("model", "batch", "kernels", "MB an image", "predicted ms", "images/s", "of it bound by", "measured ms")
+            rows.append(
+                (model, _name(dtype), batch, len(steps), f"{megabytes:.1f}", f"{1e3 * seconds:.3f}", speed, shares, "")
+            )
+    heading = (
+        "model",
+        "dtype",
+        "batch",
+        "kernels",
+        "MB an image",
+        "predicted ms",
+        "images/s",
+        "of it bound by",
+        "measured ms",
+    )
     return table(heading, rows)
 
 
@@ -105,6 +131,10 @@ def details(steps: Steps) -> str:
         cells = i, row.kernel, _shape(row.shape[1:]), f"{row.bytes / 1e6:.1f}", f"{1e6 * work.seconds():.1f}"
         rows.append((*cells, work.bound(), ""))
     return table(("step", "kernel", "output of an image", "MB", "predicted µs", "bound by", "measured µs"), rows)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -117,21 +147,24 @@ HEAD = f"""# What an H100 should take
 [gpu_predictions.csv](gpu_predictions.csv). Their constants are fitted to one run of MobileNetV3-Large on an H200
 ([gpu.md](gpu.md)), whose memory is faster; the other networks have not been timed.
 
-Half precision, the steps that `accelerate` plans for CUDA, all of them in one CUDA graph, without the copies of inputs
+The steps that `accelerate` plans for CUDA, all of them in one CUDA graph, without the copies of inputs
 and outputs. A step takes {1e6 * H100.launch_seconds:.1f} µs, and the longest of these:
 
 - *memory*: its bytes (inputs, weights and outputs once) at {H100.copy_bytes / 1e12:.1f} TB/s; tensors of less than
   {H100.l2_bytes / 2**21:.0f} MiB, half of the L2 cache, and what a fused block reads again, at
   {H100.l2_bytes_a_second / 1e12:.1f} TB/s;
-- *tensor cores*: multiply-adds of products at {2 * H100.half_macs / 1e12:.0f} TFLOP/s;
+- *tensor cores*: multiply-adds of products at {2 * H100.half_macs / 1e12:.0f} TFLOP/s in float16 and bfloat16, half of
+  that in float32 (as TF32);
 - *instructions* of threads, as a GPU's counters had them, at {H100.instructions / 1e12:.0f} · 10¹² a second;
 - *latency*: {1e6 * H100.load_seconds:.1f} µs each time that a program loads and works before it can load again.
 """
 
 
-def page(networks: dict[str, dict[int, Steps]]) -> str:
+def page(networks: Networks) -> str:
     sections = [
-        f"## {model}, batch {BATCHES[-1]}\n\n{details(steps[BATCHES[-1]])}\n" for model, steps in networks.items()
+        f"## {model}, float16, batch {BATCHES[-1]}\n\n{details(steps[BATCHES[-1]])}\n"
+        for (model, dtype), steps in networks.items()
+        if dtype == torch.float16
     ]
     return "\n".join([HEAD, summary(networks) + "\n", *sections])
 
@@ -141,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu_predictions.md")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     options = parser.parse_args(arguments)
-    networks = {model: steps_of(model, MODELS[model]) for model in options.model}
+    networks = {(model, dtype): steps_of(model, MODELS[model], dtype) for dtype in DTYPES for model in options.model}
     options.out.write_text(page(networks), encoding="utf-8")
     write_csv(networks, options.out.with_suffix(".csv"))
     print(summary(networks))

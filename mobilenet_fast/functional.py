@@ -13,7 +13,8 @@ by at most 4 · n · eps times the sum of its terms' magnitudes. silu and sigmoi
 
 **Gradients.** All have kernels for theirs, but on GPUs `pointwise_conv2d` and `depthwise_conv2d` of more than 49 taps,
 whose are cuDNN's. Second derivatives come from the reference, which is computed again, and so do those of forward mode
-and `torch.func`'s.
+and `torch.func`'s, and of several gradients at once (``is_grads_batched``); PyTorch has no second derivative of
+hardsigmoid.
 Kernels' gradients are deterministic, and on the CPU do not depend on the number of threads.
 
 **Autocast.** On the CPU the reference runs under it. On GPUs, the convolutions cast input, weight and gate to its

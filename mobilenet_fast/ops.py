@@ -4,7 +4,7 @@ gradients, and autocast.
 All operations have kernels for their gradients, but pointwise_conv2d on CUDA, whose products are cuDNN's. These are
 operators as well, so that compiled backward passes see them; they compute again what the activation was applied to.
 Second derivatives go through the reference: a backward pass that is to be differentiated (``create_graph=True``) uses
-it. Kernels add in the same order each time.
+it, and so does one of a gradient that no kernel reads (`runs_in_pytorch`). Kernels add in the same order each time.
 """
 
 from __future__ import annotations
@@ -231,49 +231,14 @@ def _(
 
 
 @torch.library.register_fake("mobilenet_fast::depthwise_conv2d_gradients")
-def _(
-    grad,
-    y,
-    y_folded,
-    y_activation,
-    y_gate,
-    y_pooled,
-    coefficients,
-    x,
-    folded,
-    activation,
-    mean,
-    weight,
-    stride,
-    padding,
-    dilation,
-    need_input,
-    need_weight,
-):
+def _(*arguments):
+    x, _, _, mean, weight, *_, need_input, need_weight = arguments[7:]  # behind those of the gradient
     return _conv_gradients(x, None, mean, weight, need_input, need_weight)
 
 
 @torch.library.register_fake("mobilenet_fast::conv2d_gradients")
-def _(
-    grad,
-    y,
-    y_folded,
-    y_activation,
-    y_gate,
-    y_pooled,
-    coefficients,
-    x,
-    folded,
-    activation,
-    gate,
-    mean,
-    weight,
-    stride,
-    padding,
-    dilation,
-    need_input,
-    need_weight,
-):
+def _(*arguments):
+    x, _, _, gate, mean, weight, *_, need_input, need_weight = arguments[7:]  # behind those of the gradient
     return _conv_gradients(x, gate, mean, weight, need_input, need_weight)
 
 
@@ -290,6 +255,16 @@ def _conv_gradients(x, gate, mean, weight, need_input, need_weight):
     return of_x, of_weight, sums, of_gate
 
 
+def runs_in_pytorch(grad: Tensor) -> bool:
+    """Whether a backward pass is PyTorch's own operators': one that is to be differentiated in turn, or of a gradient
+    that no kernel reads, of which there are several at once (``is_grads_batched=True``) or whose memory says less than
+    it is (lazy negation, zeros that are nowhere).
+    """
+    functorch = torch._C._functorch
+    several = functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or several or grad.is_neg() or grad._is_zerotensor()
+
+
 def _register_autograd(operation: str) -> None:
     """Gradients of an operator: by kernels, or those of its reference."""
     formula = getattr(reference, operation)
@@ -301,8 +276,9 @@ def _register_autograd(operation: str) -> None:
     def backward(ctx, grad):
         operands = [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
         twice = torch.is_grad_enabled()
+        by_kernels = not runs_in_pytorch(grad)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):  # the operands have the kernel's dtypes
-            if not twice:
+            if by_kernels:
                 given = len(ctx.needs_input_grad)  # arguments at their default are not, at the end
                 needed = (*ctx.needs_input_grad, *[False] * (len(operands) - given))
                 return _GRADIENTS[operation](needed, grad, *operands)[:given]

@@ -51,10 +51,10 @@ def replace_layers(
     its forward alone (it becomes a `FusedSequential`, which runs convolution, batch norm and activation as one kernel
     call); torchvision's `SqueezeExcitation`; timm's `BatchNormAct2d`, `Conv2dSame`, `SqueezeExcite` and `SEModule`; the
     blocks of both's EfficientNets and MobileNets, and timm's Xception; of timm's networks of these kinds all before
-    the head is one chain. What gains is inference under `torch.no_grad` or
-    `torch.inference_mode` on tensors that `mobilenet_fast.functional` has kernels for, and training: on the CPU in
-    float32 and float64, of whole blocks, in time and memory; on GPUs that of depthwise convolutions. Other training,
-    other devices and export run as before.
+    the head is one chain. What gains is inference under `torch.no_grad` or `torch.inference_mode` on tensors that
+    `mobilenet_fast.functional` has kernels for, and training: on the CPU in float32 and float64, of whole blocks, in
+    time and memory; on GPUs of depthwise convolutions, batch norms with their activations, and squeeze-excite. Other
+    training, other devices and export run as before.
 
     Args:
         model: any module; it is changed in place.

@@ -244,6 +244,22 @@ def test_functional_gradients(operation):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+def test_gradients_that_no_kernel_reads(operation):
+    args = require_gradients(operation, arguments(operation, dtype=torch.float64, activation="silu"))
+    y = function(operation)(*args)
+    grad = operand(tuple(y.shape), dtype=torch.float64, seed=9)
+    wanted = torch.autograd.grad(y, leaves(args), grad, retain_graph=True)
+    negated = torch.autograd.grad(y, leaves(args), torch._neg_view(-grad), retain_graph=True)
+    several = torch.stack([grad, 2 * grad])
+    batched = torch.autograd.grad(y, leaves(args), several, retain_graph=True, is_grads_batched=True)
+    zeros = torch.autograd.grad(y, leaves(args), torch._efficientzerotensor(y.shape, dtype=torch.float64))
+    for expected, *found in zip(wanted, negated, batched, zeros, strict=True):
+        torch.testing.assert_close(found[0], expected)
+        torch.testing.assert_close(found[1], torch.stack([expected, 2 * expected]))
+        assert not found[2].any()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_negative_views(operation):
     """A tensor can be minus what its memory holds."""
     args = arguments(operation)

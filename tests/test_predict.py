@@ -61,6 +61,10 @@ def test_page_and_csv(tmp_path, capsys):
     with file.with_suffix(".csv").open(newline="") as opened:
         found = list(csv.DictReader(opened))
     assert {row["batch"] for row in found} == {"1", "32", "256"} and not any(row["measured_us"] for row in found)
-    total = sum(float(row["predicted_us"]) for row in found if row["batch"] == "256")
-    (line,) = [line for line in text.splitlines() if line.startswith("| mobilenet_v3_small | 256 |")]
-    assert float(line.split("|")[5]) == pytest.approx(total / 1e3, rel=0.01)
+    totals = {}
+    for dtype in ("float16", "float32"):
+        rows = [row for row in found if (row["batch"], row["dtype"]) == ("256", dtype)]
+        totals[dtype] = sum(float(row["predicted_us"]) for row in rows)
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| mobilenet_v3_small | {dtype} | 256 |")]
+        assert float(line.split("|")[6]) == pytest.approx(totals[dtype] / 1e3, rel=0.01)
+    assert totals["float32"] > 1.5 * totals["float16"]

@@ -386,6 +386,22 @@ def test_copies_pickles_and_state_dicts_stay_stock():
         assert torch.equal(a["output"], b["output"]) and torch.equal(a["input"], b["input"])
 
 
+def test_gradients_that_no_kernel_reads():
+    module = fast.FusedSequential(
+        fast.ConvNormAct(8, 16, 1, activation_layer=nn.SiLU),
+        fast.ConvNormAct(16, 16, groups=16, activation_layer=nn.SiLU),
+    ).double()
+    x = image(dtype=torch.float64).requires_grad_()
+    y = module(x)
+    assert type(y.grad_fn).__name__ == "_BlockBackward"
+    grad = torch.randn_like(y)
+    wanted = torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+    several = torch.stack([grad, 2 * grad])
+    batched = torch.autograd.grad(y, x, several, retain_graph=True, is_grads_batched=True)[0]
+    torch.testing.assert_close(batched, torch.stack([wanted, 2 * wanted]))
+    torch.testing.assert_close(torch.autograd.grad(y, x, torch._neg_view(-grad))[0], wanted)
+
+
 def test_opcheck():
     """Schemas and fakes of the steps; their derivatives are the block's, not their own."""
     ops = torch.ops.mobilenet_fast
@@ -409,6 +425,19 @@ def test_opcheck():
         (ops.pointwise_conv2d_gradients, (*at_y, x, folded, "relu", gate, None, weight, None, True, False)),
         (ops.pointwise_conv2d_gradients, (*at_y, x, folded, "relu", None, mean, weight, None, False, True)),
     ]
+    dense, window = torch.randn(16, 8, 3, 3), ([3, 3], [2, 1], [1, 0], [1, 1])
+    made, _ = ops.conv2d_forward(x, folded, "relu", None, dense, *geometry)
+    pooled = ops.max_pool2d_forward(x, folded, "relu", *window)
+    calls += [
+        (ops.conv2d_forward, (x, folded, "relu", None, dense, *geometry)),
+        (ops.conv2d_forward, (x, folded, "relu", gate, weight, [2, 2], [0, 0], [1, 1])),
+        (ops.max_pool2d_forward, (x, folded, "relu", *window)),
+        (ops.max_pool2d_gradients, (pooled, x, folded, "relu", mean, *window)),
+        (ops.max_pool2d_gradients, (pooled, x, None, "none", None, *window)),
+    ]
+    for needed in ((True, True), (True, False), (False, True)):
+        operands = x, folded, "relu", None, mean, dense, *geometry, *needed
+        calls.append((ops.conv2d_gradients, (made, None, *unread, None, *operands)))
     at_filtered = filtered, None, *unread, None
     for needed in ((True, True), (True, False), (False, True)):
         operands = x, folded, "relu", mean, filters, *geometry, *needed

@@ -581,6 +581,33 @@ def test_batch_norms_learn_in_half_precision_with_float32_parameters(triton_oper
     assert calls.count("batch_norm_act_training") == 2
 
 
+def test_a_batch_norm_with_a_bias_alone(triton_operators, calls):
+    results = []
+    for context in (nullcontext(), pytorch_alone()):
+        layer = fast.BatchNormAct2d(5, activation="relu").double()
+        layer.weight, layer.bias.data = None, vector(5, torch.float64)
+        with context:
+            results.append(step(layer, operand((2, 5, 4, 3), dtype=torch.float64)))
+    assert "batch_norm_act_training" in calls
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_gradients_of_a_batch_norm_that_no_kernel_reads(triton_operators):
+    layer = fast.BatchNormAct2d(3, activation="silu").double()
+    x = operand((2, 3, 4, 3), dtype=torch.float64).requires_grad_()
+    y, grad = layer(x), operand((2, 3, 4, 3), dtype=torch.float64, seed=1)
+    wanted = torch.autograd.grad(y, (x, layer.weight), grad, retain_graph=True)
+    negated = torch.autograd.grad(y, (x, layer.weight), torch._neg_view(-grad), retain_graph=True)
+    several = torch.stack([grad, 2 * grad])
+    batched = torch.autograd.grad(y, (x, layer.weight), several, retain_graph=True, is_grads_batched=True)
+    zeros = torch.autograd.grad(y, (x, layer.weight), torch._efficientzerotensor(y.shape, dtype=torch.float64))
+    for expected, *found in zip(wanted, negated, batched, zeros, strict=True):
+        torch.testing.assert_close(found[0], expected)
+        torch.testing.assert_close(found[1], torch.stack([expected, 2 * expected]))
+        assert not found[2].any()
+
+
 def test_what_a_batch_norm_refuses_is_pytorchs_own(triton_operators):
     layer = fast.BatchNormAct2d(5)
     for shape in ((1, 5, 1, 1), (2, 4, 3, 3)):
@@ -590,6 +617,9 @@ def test_what_a_batch_norm_refuses_is_pytorchs_own(triton_operators):
         for name, value in layer.state_dict().items():
             if "running" in name:
                 assert torch.equal(value, before[name])
+    layer.running_mean = None
+    with pytest.raises(ValueError, match="running_mean and running_var must either both be None or neither"):
+        layer(operand((2, 5, 3, 3)))
 
 
 def test_second_derivatives_of_a_batch_norm_that_learns(triton_operators):

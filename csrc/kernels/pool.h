@@ -66,6 +66,14 @@ T sum_plane(const T* x, int64_t count) {
   return V::sum(sum);
 }
 
+// Of a window that begins at `from`, taps [first_tap, end_of_taps) are inside the image.
+inline int64_t first_tap(int64_t from, int64_t dilation) { return from < 0 ? (-from + dilation - 1) / dilation : 0; }
+
+inline int64_t end_of_taps(int64_t from, int64_t dilation, int64_t taps, int64_t size) {
+  const int64_t inside = (size - from + dilation - 1) / dilation;
+  return inside < taps ? inside : taps;
+}
+
 // One output pixel, kVectors vectors of channels at once: the window's `rows` × `columns` taps that are inside the
 // image, from x on.
 template <class T, bool kMean, bool kTail, int kVectors>
@@ -96,15 +104,10 @@ void pool_rows(const PoolArgs<T>& p) {
   constexpr int kLanes = Vec<T>::kLanes;
   for (int64_t oy = p.row_begin; oy < p.row_end; ++oy) {
     const int64_t top = oy * p.stride_h - p.pad_top;
-    // Taps [y0, y1) of the window are inside the image.
-    const int64_t y0 = top < 0 ? (-top + p.dilation_h - 1) / p.dilation_h : 0;
-    const int64_t rows_left = (p.height - top + p.dilation_h - 1) / p.dilation_h;
-    const int64_t y1 = rows_left < p.kernel_h ? rows_left : p.kernel_h;
+    const int64_t y0 = first_tap(top, p.dilation_h), y1 = end_of_taps(top, p.dilation_h, p.kernel_h, p.height);
     for (int64_t ox = 0; ox < p.out_width; ++ox) {
       const int64_t left = ox * p.stride_w - p.pad_left;
-      const int64_t x0 = left < 0 ? (-left + p.dilation_w - 1) / p.dilation_w : 0;
-      const int64_t columns_left = (p.width - left + p.dilation_w - 1) / p.dilation_w;
-      const int64_t x1 = columns_left < p.kernel_w ? columns_left : p.kernel_w;
+      const int64_t x0 = first_tap(left, p.dilation_w), x1 = end_of_taps(left, p.dilation_w, p.kernel_w, p.width);
       int64_t count = (y1 - y0) * (x1 - x0);
       if (kMean && p.divisor > 0) {
         count = p.divisor;
@@ -166,15 +169,10 @@ void max_pool2d_grad(const MaxPoolGradArgs<T>& p) {
   constexpr int kLanes = Vec<T>::kLanes;
   for (int64_t oy = p.row_begin; oy < p.row_end; ++oy) {
     const int64_t top = oy * p.stride_h - p.pad_top;
-    // Taps [y0, y1) of the window are inside the image.
-    const int64_t y0 = top < 0 ? (-top + p.dilation_h - 1) / p.dilation_h : 0;
-    const int64_t rows_left = (p.height - top + p.dilation_h - 1) / p.dilation_h;
-    const int64_t y1 = rows_left < p.kernel_h ? rows_left : p.kernel_h;
+    const int64_t y0 = first_tap(top, p.dilation_h), y1 = end_of_taps(top, p.dilation_h, p.kernel_h, p.height);
     for (int64_t ox = 0; ox < p.out_width; ++ox) {
       const int64_t left = ox * p.stride_w - p.pad_left;
-      const int64_t x0 = left < 0 ? (-left + p.dilation_w - 1) / p.dilation_w : 0;
-      const int64_t columns_left = (p.width - left + p.dilation_w - 1) / p.dilation_w;
-      const int64_t x1 = columns_left < p.kernel_w ? columns_left : p.kernel_w;
+      const int64_t x0 = first_tap(left, p.dilation_w), x1 = end_of_taps(left, p.dilation_w, p.kernel_w, p.width);
       const int64_t at = (top + y0 * p.dilation_h) * p.x_row_stride + (left + x0 * p.dilation_w) * p.x_pixel_stride;
       const T* grad = p.grad + oy * p.grad_row_stride + ox * p.grad_pixel_stride;
       int64_t c = 0;

@@ -236,26 +236,9 @@ class DepthwiseBackward final : public Step {
     args.weight = packed_.const_data_ptr<T>() + channel * (1 + bands_.window.kernel_h * bands_.window.kernel_w);
     kernels_.depthwise_conv2d_input_grad(args);
     if (!apart) return;
-    NormGradientArgs<T> at_norm{};
-    at_norm.grad = of_input;
-    at_norm.grad_stride = slice;
-    at_norm.x = x + own.begin * xs.w * xs.c;
-    at_norm.x_stride = at_norm.out_stride = xs.c;
-    at_norm.out = out + own.begin * xs.w * xs.c;
-    at_norm.rows = own.size() * xs.w;
-    at_norm.channels = slice;
-    at_norm.scale = row_or_null<T>(read_.folded, 0) + channel;
-    at_norm.shift = row_or_null<T>(read_.folded, 1) + channel;
-    at_norm.activation = read_.activation;
-    if (norm != nullptr) {
-      std::fill_n(both, 2 * slice, T(0));
-      at_norm.mean = mean_->const_data_ptr<T>() + channel;
-      at_norm.sums = both;
-    }
-    kernels_.norm_gradient(at_norm);
-    for (int64_t i = 0; norm != nullptr && i < 2; ++i) {
-      for (int64_t c = 0; c < slice; ++c) norm[i * xs.c + c] += both[i * slice + c];
-    }
+    const int64_t from = own.begin * xs.w * xs.c;
+    gradient_before_norm(kernels_, read_, mean_, of_input, x + from, out + from, own.size() * xs.w, xs.c, channel,
+                         slice, both, norm);
   }
 
   const Kernels<T>& kernels_;

@@ -136,28 +136,9 @@ class MaxPoolBackward final : public Step {
     kernels_.max_pool2d_grad(args);
 
     const int64_t from = (image * xs.h + own.begin) * xs.w * xs.c + channel;
-    NormGradientArgs<T> at_norm{};
-    at_norm.grad = of_z + (own.begin - inputs.begin) * xs.w * slice;
-    at_norm.grad_stride = slice;
-    at_norm.x = work.buffer<T>(1) + from;
-    at_norm.out = work.buffer<T>(2) + from;
-    at_norm.x_stride = at_norm.out_stride = xs.c;
-    at_norm.rows = own.size() * xs.w;
-    at_norm.channels = slice;
-    if (read_.folded.has_value()) {
-      at_norm.scale = row_or_null<T>(read_.folded, 0) + channel;
-      at_norm.shift = row_or_null<T>(read_.folded, 1) + channel;
-    }
-    at_norm.activation = read_.activation;
-    if (sums != nullptr) {
-      std::fill_n(both, 2 * slice, T(0));
-      at_norm.mean = mean_->const_data_ptr<T>() + channel;
-      at_norm.sums = both;
-    }
-    kernels_.norm_gradient(at_norm);
-    for (int64_t i = 0; sums != nullptr && i < 2; ++i) {
-      for (int64_t c = 0; c < slice; ++c) sums[i * xs.c + c] += both[i * slice + c];
-    }
+    gradient_before_norm(kernels_, read_, mean_, of_z + (own.begin - inputs.begin) * xs.w * slice,
+                         work.buffer<T>(1) + from, work.buffer<T>(2) + from, own.size() * xs.w, xs.c, channel, slice,
+                         both, sums);
   }
 
   const Kernels<T>& kernels_;

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import cuda, functional, reference
+from .. import cuda, functional, ops, reference
 from .dispatch import is_eager, kernels_serve, known, runs_triton
 
 
@@ -84,7 +84,8 @@ def normalised(norm: nn.BatchNorm2d, input: Tensor, activation: str | None) -> T
     if activation is not None and kernels_serve(input, norm=operands, learns=on_gpu):
         if uses_running_statistics(norm):
             return functional.batch_norm_act(input, *operands, eps=norm.eps, activation=activation)
-        if on_gpu and is_eager() and all(t is None or t.shape == input.shape[1:2] for t in operands):
+        both = (norm.running_mean is None) == (norm.running_var is None)
+        if on_gpu and is_eager() and both and all(t is None or t.shape == input.shape[1:2] for t in operands):
             F._verify_batch_size(input.shape)
             return _ByBatch.apply(input, norm.weight, norm.bias, norm, activation)
     return None
@@ -115,23 +116,19 @@ class _ByBatch(torch.autograd.Function):
         input, weight, bias, mean, rstd = ctx.saved_tensors
         eps, activation = ctx.constants
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # this pass is to be differentiated in turn
+        if ops.runs_in_pytorch(grad):
+            twice = torch.is_grad_enabled()
             with torch.enable_grad():
                 # Aliases end this small graph at the operands, and still lead on to them.
                 operands = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
                 z = F.batch_norm(operands[0], None, None, *operands[1:], training=True, eps=eps)
-                wanted = [t for t, need in zip(operands, needed, strict=True) if need]
-                found = torch.autograd.grad(reference.ACTIVATIONS[activation](z), wanted, grad, create_graph=True)
-            found = iter(found)
+                z = reference.ACTIVATIONS[activation](z)
+            wanted = [t for t, need in zip(operands, needed, strict=True) if need]
+            found = iter(torch.autograd.grad(z, wanted, grad, create_graph=twice))
             return *(next(found) if need else None for need in needed), None, None
-        grad = grad.resolve_neg()  # which kernels don't know
         found = cuda.batch_norm_act_training_backward(grad, input, mean, rstd, weight, bias, activation)
-        operands = input, weight, bias
-        return (
-            *(g.to(t.dtype) if need else None for g, t, need in zip(found, operands, needed, strict=True)),
-            None,
-            None,
-        )
+        operands = zip(found, (input, weight, bias), needed, strict=True)
+        return *(g.to(t.dtype) if need else None for g, t, need in operands), None, None
 
 
 class SyncBatchNormAct(nn.SyncBatchNorm):

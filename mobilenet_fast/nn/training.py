@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import cpu, reference
+from .. import cpu, ops, reference
 from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
 from .batch_norm_act import normalised, uses_running_statistics
 from .conv2d_same import Conv2dSame
@@ -384,7 +384,7 @@ class _Block(torch.autograd.Function):
         count = sum(len(stage.parameters()) for stage in stages)
         parameters, tensors = tensors[:count], tensors[count:]
         needed = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():  # this pass is to be differentiated in turn
+        if ops.runs_in_pytorch(grad):
             return None, None, None, *_differentiable_gradients(ctx, needed, grad, x, parameters, tensors)
         # What is kept goes stage by stage, unless the graph is to be used again.
         ctx.maybe_clear_saved_tensors()
@@ -493,6 +493,7 @@ class _Block(torch.autograd.Function):
 
 def _differentiable_gradients(ctx, needed, grad, x, parameters, tensors) -> tuple[Tensor | None, ...]:
     """The gradients by PyTorch's operators, from the block computed again."""
+    twice = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases end this small graph at the operands, and still lead on to them.
         operands = [None if t is None else t.view_as(t) for t in (x, *parameters)]
@@ -528,8 +529,8 @@ def _differentiable_gradients(ctx, needed, grad, x, parameters, tensors) -> tupl
             tensors = tensors[2:]
         if ctx.adds_input:
             z = z + x
-        wanted = [t for t, need in zip(operands, needed, strict=True) if need]
-        found = iter(torch.autograd.grad(z, wanted, grad, create_graph=True))
+    wanted = [t for t, need in zip(operands, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(z, wanted, grad, create_graph=twice))
     return tuple(next(found) if need else None for need in needed)
 
 
