@@ -244,13 +244,15 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("judge_of_networks.py").write_text("def few(network):\n    return 1 / len(list(network.modules()))\n")
     monkeypatch.setattr(search.LatencyTable, "predict", lambda table, network: layers(network))
+    calibrated = []
+    monkeypatch.setattr(search.LatencyTable, "calibrate", lambda table: calibrated.append(table))
     command = "search --target-ms 400 --trials 6 --method random --evaluate judge_of_networks:few".split()
     command += ["--log", "log.csv", "--output", "best.json"]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert "(best reward)" in printed and len(Path("log.csv").read_text().splitlines()) == 7
     assert Architecture(**{**(best := json.loads(Path("best.json").read_text())), "blocks": ()}).num_classes == 10
-    assert len(best["blocks"]) == 4
+    assert len(best["blocks"]) == 4 and len(calibrated) == 1
     command[command.index("log.csv")] = "nowhere/log.csv"
     assert cli.main(command) == 1
     assert "nowhere/log.csv" in capsys.readouterr().err
