@@ -505,6 +505,24 @@ def test_what_mobilenet_v3_is_compared_with():
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hardswish_from": math.inf},
+        {"hardswish_from": 16},
+        {"minimalistic": True},
+        {"efficient_last_stage": False},
+        {"squeeze_excite": False},
+    ],
+    ids=str,
+)
+def test_mobilenet_v3_of_any_option_trains(options):
+    model = models.mobilenet_v3_small(num_classes=3, **options).train()
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
     "size, hardswish_from, count",
     [
         ("large", None, 21),  # the stem, two in each of nine blocks, and two behind them

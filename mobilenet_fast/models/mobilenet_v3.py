@@ -229,7 +229,7 @@ class MobileNetV3(nn.Module):
             ]
         self.features = FusedSequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(*last_layers, nn.Dropout(dropout, inplace=True), nn.Linear(hidden, num_classes))
+        self.classifier = nn.Sequential(*last_layers, nn.Dropout(dropout), nn.Linear(hidden, num_classes))
         mobilenet_init(self)
 
     def outline(self) -> Outline:
