@@ -162,18 +162,24 @@ struct GateGradientArgs {
   Activation activation;
 };
 
-// A depthwise convolution's gradients, from that at its output; sizes as for DepthwiseArgs. The weight's is added to
-// `weight_grad` over the output rows [row_begin, row_end), which like packed weights has the taps of the first `lanes`
-// channels, then those of the next, without a bias. The input's is written to input rows [row_begin, row_end) of `x`.
+// A depthwise convolution's gradients, from that at its output; sizes as for DepthwiseArgs. Of input rows
+// [row_begin, row_end) the input's is written to `x_grad`, which may be x, and what they give to the weight's is added
+// to `weight_grad`, which like packed weights has the taps of the first `lanes` channels, then those of the next,
+// without a bias. Memory is fetched `x_ahead` and `grad_ahead` elements before it is read, 0 where it is in cache. With
+// `past_caches` the input's gradient goes straight to memory: vectors of it are aligned to their size then.
 template <class T>
 struct DepthwiseGradArgs {
-  T* x;
-  int64_t x_row_stride, x_pixel_stride, height, width;
+  const T* x;
+  int64_t x_row_stride, x_pixel_stride, width;
+  T* x_grad;
+  int64_t x_grad_row_stride, x_grad_pixel_stride;
   const T* grad;
   int64_t grad_row_stride, grad_pixel_stride, out_height, out_width;
   int64_t row_begin, row_end;
   int64_t channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  int64_t x_ahead, grad_ahead;
+  bool past_caches;
   const T* weight;  // packed, with its bias, which is not read
   T* weight_grad;
 };
@@ -207,8 +213,7 @@ struct Kernels {
   void (*gemm)(const GemmArgs<T>&);
   void (*gemm_transposed)(const GemmTransposedArgs<T>&);
   void (*depthwise_conv2d)(const DepthwiseArgs<T>&);
-  void (*depthwise_conv2d_input_grad)(const DepthwiseGradArgs<T>&);
-  void (*depthwise_conv2d_weight_grad)(const DepthwiseGradArgs<T>&);
+  void (*depthwise_conv2d_gradients)(const DepthwiseGradArgs<T>&);
   void (*pool2d)(const PoolArgs<T>&);
   void (*max_pool2d_grad)(const MaxPoolGradArgs<T>&);
   void (*winograd_input)(const WinogradArgs<T>&);

@@ -4,6 +4,8 @@
 //
 // Contracts, for every set:
 //   load / store       kLanes consecutive elements, no alignment needed.
+//   stream             as store, but aligned to a vector's size, and past the caches where the set can; others may read
+//                      it after fence().
 //   load_n / store_n   the first n (1..kLanes) elements; lanes past n load as zero and are not touched in memory.
 //   fma(a, b, c)       a * b + c, rounded once where kFmaIsFused.
 //   max(a, b), min     return b when either operand is NaN, so a NaN passes through when it is the second operand.
@@ -55,6 +57,8 @@ struct Vec<float> {
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
   static Reg load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
+  static void stream(float* p, Reg v) { _mm512_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
   static void store_n(float* p, Reg v, int n) { _mm512_mask_storeu_ps(p, mask(n), v); }
   static Reg set1(float x) { return _mm512_set1_ps(x); }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
@@ -113,6 +117,8 @@ struct Vec<double> {
   static Reg load(const double* p) { return _mm512_loadu_pd(p); }
   static Reg load_n(const double* p, int n) { return _mm512_maskz_loadu_pd(mask(n), p); }
   static void store(double* p, Reg v) { _mm512_storeu_pd(p, v); }
+  static void stream(double* p, Reg v) { _mm512_stream_pd(p, v); }
+  static void fence() { _mm_sfence(); }
   static void store_n(double* p, Reg v, int n) { _mm512_mask_storeu_pd(p, mask(n), v); }
   static Reg set1(double x) { return _mm512_set1_pd(x); }
   static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
@@ -150,6 +156,8 @@ struct Vec<float> {
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static Reg load_n(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
+  static void stream(float* p, Reg v) { _mm256_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
   static void store_n(float* p, Reg v, int n) { _mm256_maskstore_ps(p, mask(n), v); }
   static Reg set1(float x) { return _mm256_set1_ps(x); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
@@ -188,6 +196,8 @@ struct Vec<double> {
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }
   static Reg load_n(const double* p, int n) { return _mm256_maskload_pd(p, mask(n)); }
   static void store(double* p, Reg v) { _mm256_storeu_pd(p, v); }
+  static void stream(double* p, Reg v) { _mm256_stream_pd(p, v); }
+  static void fence() { _mm_sfence(); }
   static void store_n(double* p, Reg v, int n) { _mm256_maskstore_pd(p, mask(n), v); }
   static Reg set1(double x) { return _mm256_set1_pd(x); }
   static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
@@ -226,6 +236,8 @@ struct Vec<float> {
     return vld1q_f32(lanes);
   }
   static void store(float* p, Reg v) { vst1q_f32(p, v); }
+  static void stream(float* p, Reg v) { store(p, v); }
+  static void fence() {}
   static void store_n(float* p, Reg v, int n) {
     float lanes[4];
     vst1q_f32(lanes, v);
@@ -263,6 +275,8 @@ struct Vec<double> {
     return vld1q_f64(lanes);
   }
   static void store(double* p, Reg v) { vst1q_f64(p, v); }
+  static void stream(double* p, Reg v) { store(p, v); }
+  static void fence() {}
   static void store_n(double* p, Reg v, int n) {
     double lanes[2];
     vst1q_f64(lanes, v);
@@ -308,6 +322,8 @@ struct ScalarVec {
   static Reg load(const T* p) { return *p; }
   static Reg load_n(const T* p, int) { return *p; }
   static void store(T* p, Reg v) { *p = v; }
+  static void stream(T* p, Reg v) { store(p, v); }
+  static void fence() {}
   static void store_n(T* p, Reg v, int) { *p = v; }
   static Reg set1(T x) { return x; }
   static Reg add(Reg a, Reg b) { return a + b; }

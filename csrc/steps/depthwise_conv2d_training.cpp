@@ -109,7 +109,7 @@ class DepthwiseBackward final : public Step {
                     const GradientAt& gradient, const ReadAs& read, const OptionalTensor& mean, bool need_input,
                     bool need_weight)
       : kernels_(kernels<T>(isa)),
-        bands_(Bands::of(kernels_, x, y, window, 2, 1)),
+        bands_(Bands::of(kernels_, x, y, window, 1, 1)),
         packed_(packed),
         gradient_(gradient),
         read_(read),
@@ -135,11 +135,9 @@ class DepthwiseBackward final : public Step {
     for (int64_t item = items.begin; item < items.end; ++item) {
       const int64_t g = item / bands_.slices, channel = item % bands_.slices * bands_.slice;
       const int64_t slice = std::min(bands_.slice, channels - channel);
-      T *weight = nullptr, *norm = nullptr;
-      if (need_weight_) {
-        weight = weight_sums_.data_ptr<T>() + g * weight_elements() + channel * taps;
-        std::fill_n(weight, round_up(slice, kernels_.lanes) * taps, T(0));
-      }
+      T *weight = reinterpret_cast<T*>(work.thread_scratch) + of_x() + of_y() + 2 * this->slice(), *norm = nullptr;
+      if (need_weight_) weight = weight_sums_.data_ptr<T>() + g * weight_elements() + channel * taps;
+      std::fill_n(weight, round_up(slice, kernels_.lanes) * taps, T(0));
       if (norm_sums_.defined()) {
         norm = norm_sums_.data_ptr<T>() + g * 2 * channels + channel;
         for (int64_t i = 0; i < 2; ++i) std::fill_n(norm + i * channels, slice, T(0));
@@ -156,11 +154,19 @@ class DepthwiseBackward final : public Step {
   }
 
   size_t thread_scratch_bytes() const override {
-    return static_cast<size_t>(bands_.values(bands_.rows, 2, 1) + 2 * std::min(bands_.slice, bands_.y.c)) * sizeof(T);
+    return static_cast<size_t>(of_x() + of_y() + 2 * slice() + of_weight()) * sizeof(T);
   }
   std::string describe() const override { return "depthwise gradients"; }
 
  private:
+  int64_t slice() const { return std::min(bands_.slice, bands_.y.c); }
+  // Elements of scratch: of a band's inputs, of the gradients that meet them, and of a weight's that nobody wants.
+  int64_t of_x() const { return bands_.input_rows(bands_.rows) * bands_.x.w * slice(); }
+  int64_t of_y() const { return bands_.grad_rows(bands_.rows) * bands_.y.w * slice(); }
+  int64_t of_weight() const {
+    return need_weight_ ? 0 : round_up(slice(), kernels_.lanes) * bands_.window.kernel_h * bands_.window.kernel_w;
+  }
+
   void unpack_weight(const Work& work) const {
     const int64_t channels = bands_.y.c, taps = bands_.window.kernel_h * bands_.window.kernel_w;
     const int64_t lanes = kernels_.lanes, elements = weight_elements();
@@ -175,70 +181,56 @@ class DepthwiseBackward final : public Step {
 
   void run_band(const Work& work, int64_t unit, int64_t channel, int64_t slice, T* weight, T* norm) const {
     const ImageShape &xs = bands_.x, &ys = bands_.y;
-    const int64_t image = unit / bands_.bands, band = unit % bands_.bands;
-    const Range outputs = bands_.outputs(band), inputs = bands_.inputs(outputs), own = bands_.own_inputs(band);
-    const Range readers = bands_.readers(own);
-    // The gradients at the outputs: those of the band, and those that read its inputs.
-    const Range grads = {need_input_ && readers.size() > 0 ? std::min(outputs.begin, readers.begin) : outputs.begin,
-                         need_input_ ? std::max(outputs.end, readers.end) : outputs.end};
-    const int64_t x_image = image * xs.pixels() * xs.c + channel, y_image = image * ys.pixels() * ys.c + channel;
-    const T* x = work.buffer<T>(2) + x_image;
-    T* scratch = reinterpret_cast<T*>(work.thread_scratch);
-    T *z = scratch, *of_input = z + bands_.input_rows(bands_.rows) * xs.w * slice;
-    T* of_y = of_input + bands_.input_rows(bands_.rows) * xs.w * slice;
-    T* both = of_y + bands_.grad_rows(bands_.rows) * ys.w * slice;
+    const int64_t image = unit / bands_.bands;
+    const Range inputs = bands_.own_inputs(unit % bands_.bands), outputs = bands_.readers(inputs);
+    if (inputs.size() == 0) return;
+    const int64_t from = image * xs.pixels() * xs.c + inputs.begin * xs.w * xs.c + channel;
+    const T* x = work.buffer<T>(2) + from;
+    T* out = need_input_ ? work.buffer<T>(3) + from : nullptr;
+    T *z = reinterpret_cast<T*>(work.thread_scratch), *at_y = z + of_x(), *both = at_y + of_y();
+
+    const int64_t from_y = (image * ys.h + outputs.begin) * ys.w * ys.c + channel;
+    const T *grad = work.buffer<T>(0) + from_y,
+            *y = work.buffer<T>(1) == nullptr ? nullptr : work.buffer<T>(1) + from_y;
+    const bool reads_at_y = gradient_.coefficients.has_value() || gradient_.activation != Activation::kNone;
+    if (reads_at_y) {
+      NormGradientArgs<T> norm_gradient =
+          gradient_args<T>(gradient_, grad, y, ys.c, image, outputs.size() * ys.w, channel, slice);
+      norm_gradient.out = at_y;
+      norm_gradient.out_stride = slice;
+      kernels_.norm_gradient(norm_gradient);
+    }
 
     DepthwiseGradArgs<T> args{};
-    args.grad = work.buffer<T>(0) + y_image;
-    args.grad_pixel_stride = ys.c;
-    if (gradient_.coefficients.has_value() || gradient_.activation != Activation::kNone) {
-      const int64_t from = y_image + grads.begin * ys.w * ys.c;
-      const T* y = work.buffer<T>(1);
-      NormGradientArgs<T> at_y =
-          gradient_args<T>(gradient_, work.buffer<T>(0) + from, y == nullptr ? nullptr : y + from, ys.c, image,
-                           grads.size() * ys.w, channel, slice);
-      at_y.out = of_y;
-      at_y.out_stride = slice;
-      kernels_.norm_gradient(at_y);
-      args.grad = of_y - grads.begin * ys.w * slice;
-      args.grad_pixel_stride = slice;
-    }
-    args.grad_row_stride = ys.w * args.grad_pixel_stride;
-    args.height = xs.h;
+    // What is computed of z takes its place.
+    const bool reads_z = read_.folded.has_value(),
+               writes_z = !need_input_ || norm != nullptr || read_.activation != Activation::kNone;
+    if (reads_z) read_pixels(kernels_, read_, x, xs.c, image, inputs.size() * xs.w, channel, slice, z);
+    args.x_pixel_stride = reads_z ? slice : xs.c;
+    args.x_row_stride = xs.w * args.x_pixel_stride;
+    args.x = (reads_z ? z : x) - inputs.begin * args.x_row_stride;
+    args.x_grad_pixel_stride = writes_z ? slice : xs.c;
+    args.x_grad_row_stride = xs.w * args.x_grad_pixel_stride;
+    args.x_grad = (writes_z ? z : out) - inputs.begin * args.x_grad_row_stride;
     args.width = xs.w;
+    args.grad_pixel_stride = reads_at_y ? slice : ys.c;
+    args.grad_row_stride = ys.w * args.grad_pixel_stride;
+    args.grad = (reads_at_y ? at_y : grad) - outputs.begin * args.grad_row_stride;
     args.out_height = ys.h;
     args.out_width = ys.w;
+    args.row_begin = inputs.begin;
+    args.row_end = inputs.end;
     args.channels = slice;
     set_window(args, bands_.window);
-    if (need_weight_) {
-      args.x = const_cast<T*>(x);  // which is only read
-      args.x_pixel_stride = xs.c;
-      if (read_.folded.has_value()) {
-        read_pixels(kernels_, read_, x + inputs.begin * xs.w * xs.c, xs.c, image, inputs.size() * xs.w, channel, slice,
-                    z);
-        args.x = z - inputs.begin * xs.w * slice;
-        args.x_pixel_stride = slice;
-      }
-      args.x_row_stride = xs.w * args.x_pixel_stride;
-      args.row_begin = outputs.begin;
-      args.row_end = outputs.end;
-      args.weight_grad = weight;
-      kernels_.depthwise_conv2d_weight_grad(args);
-    }
-    if (!need_input_ || own.size() == 0) return;
-    const bool apart = norm != nullptr || read_.activation != Activation::kNone;
-    T* out = work.buffer<T>(3) + x_image;
-    args.x = apart ? of_input - own.begin * xs.w * slice : out;
-    args.x_pixel_stride = apart ? slice : xs.c;
-    args.x_row_stride = xs.w * args.x_pixel_stride;
-    args.row_begin = own.begin;
-    args.row_end = own.end;
     args.weight = packed_.const_data_ptr<T>() + channel * (1 + bands_.window.kernel_h * bands_.window.kernel_w);
-    kernels_.depthwise_conv2d_input_grad(args);
-    if (!apart) return;
-    const int64_t from = own.begin * xs.w * xs.c;
-    gradient_before_norm(kernels_, read_, mean_, of_input, x + from, out + from, own.size() * xs.w, xs.c, channel,
-                         slice, both, norm);
+    args.weight_grad = weight;
+    // What the next row reads; after an image's last one that is the next image's first.
+    args.x_ahead = reads_z ? 0 : args.x_row_stride;
+    args.grad_ahead = reads_at_y ? 0 : args.grad_row_stride;
+    args.past_caches = !writes_z && goes_past_caches(out, xs);
+    kernels_.depthwise_conv2d_gradients(args);
+    if (!need_input_ || !writes_z) return;
+    gradient_before_norm(kernels_, read_, mean_, z, x, out, inputs.size() * xs.w, xs.c, channel, slice, both, norm);
   }
 
   const Kernels<T>& kernels_;
@@ -295,8 +287,7 @@ ConvGradients depthwise_conv2d_gradients(const GradientAt& gradient, const at::T
   ConvGradients result;
   if (need_input) result.input = empty_channels_last(x.sizes(), x);
   if (need_weight) result.weight = at::empty(weight.sizes(), weight.options().requires_grad(false));
-  at::Tensor packed;
-  if (need_input) packed = pack_depthwise_conv2d(weight, std::nullopt, std::nullopt, isa, call_weights());
+  const at::Tensor packed = pack_depthwise_conv2d(weight, std::nullopt, std::nullopt, isa, call_weights());
   dispatch(x.scalar_type(), [&](auto zero) {
     DepthwiseBackward<decltype(zero)> step(isa, {n, x.size(2), x.size(3), c}, {n, geometry.out_h, geometry.out_w, c},
                                            geometry.window, packed, gradient, read, mean, need_input, need_weight);

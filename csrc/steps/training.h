@@ -250,6 +250,17 @@ void gradient_before_norm(const Kernels<T>& kernels, const ReadAs& read, const O
   }
 }
 
+// Whether `out`, where the channels of a slice begin in an image, is best written past the caches: those have lost it
+// before anybody reads it, since two images of its size are read meanwhile. A core's share of the last one is taken for
+// 32 MB: what systems tell is the whole processor's.
+template <class T>
+bool goes_past_caches(const T* out, ImageShape image) {
+  constexpr int64_t kLine = 64, kLastCache = 32 << 20;
+  const int64_t pixel = image.c * static_cast<int64_t>(sizeof(T));
+  return pixel % kLine == 0 && reinterpret_cast<uintptr_t>(out) % kLine == 0 &&
+         3 * image.n * image.pixels() * pixel > kLastCache;
+}
+
 // The operations; images are dense and channels last.
 
 // Mean and biased variance of each channel, (2, C).

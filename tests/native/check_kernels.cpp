@@ -116,6 +116,7 @@ void check_depthwise_gradients(const Kernels<T>& k, int64_t size, int64_t channe
   if (size + 2 * pad < reach) return;
   const int64_t out = (size + 2 * pad - reach) / stride + 1, vectors = (channels + k.lanes - 1) / k.lanes;
   auto x = random<T>(size * size * channels);
+  std::vector<T> x_grad(x.size());
   const auto grad = random<T>(out * out * channels), w = random<T>(taps * channels);
   std::vector<T> packed(vectors * k.lanes * (1 + taps), T(0)), weight_grad(vectors * k.lanes * taps, T(1));
   for (int64_t c = 0; c < channels; ++c) {
@@ -125,19 +126,20 @@ void check_depthwise_gradients(const Kernels<T>& k, int64_t size, int64_t channe
   }
   DepthwiseGradArgs<T> args{};
   args.x = x.data();
-  args.x_row_stride = size * channels;
-  args.x_pixel_stride = args.grad_pixel_stride = args.channels = channels;
-  args.height = args.width = size;
+  args.x_grad = x_grad.data();
+  args.x_row_stride = args.x_grad_row_stride = size * channels;
+  args.x_pixel_stride = args.x_grad_pixel_stride = args.grad_pixel_stride = args.channels = channels;
+  args.width = args.row_end = size;
   args.grad = grad.data();
   args.grad_row_stride = out * channels;
-  args.out_height = args.out_width = args.row_end = out;
+  args.out_height = args.out_width = out;
   args.kernel_h = args.kernel_w = kernel;
   args.stride_h = args.stride_w = stride;
   args.pad_top = args.pad_left = pad;
   args.dilation_h = args.dilation_w = dilation;
   args.weight = packed.data();
   args.weight_grad = weight_grad.data();
-  k.depthwise_conv2d_weight_grad(args);
+  k.depthwise_conv2d_gradients(args);
   std::vector<double> of_weight(taps * channels, 1.0), of_x(size * size * channels, 0.0);
   for (int64_t o = 0; o < out * out; ++o) {
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -157,9 +159,10 @@ void check_depthwise_gradients(const Kernels<T>& k, int64_t size, int64_t channe
                 of_weight[tap * channels + c], out * out);
     }
   }
-  args.row_end = size;
-  k.depthwise_conv2d_input_grad(args);
-  for (size_t i = 0; i < x.size(); ++i) expect<T>("depthwise input gradient", x[i], of_x[i], taps);
+  for (size_t i = 0; i < x.size(); ++i) expect<T>("depthwise input gradient", x_grad[i], of_x[i], taps);
+  args.x_grad = x.data();  // in the inputs' own place
+  k.depthwise_conv2d_gradients(args);
+  for (size_t i = 0; i < x.size(); ++i) expect<T>("depthwise input gradient in place", x[i], of_x[i], taps);
 }
 
 template <class T>
