@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ACTIVATIONS, case_id, pairwise
+from tolerance import assert_close
 from torch import nn
 
 import mobilenet_fast
@@ -145,6 +146,52 @@ def test_work_that_is_cut(shape, dtype, on_isa, monkeypatch):
     for stride, kernel in ((1, 5), (2, 3)):
         module = inverted_residual(hidden=hidden, kernel=kernel, stride=stride, activation="hardswish", squeeze=n == 2)
         check(module, image(n, 8, height, width, dtype), monkeypatch, blocks=1)
+
+
+DEPTHWISE = pairwise(
+    lambda kernel, padding, dilation, size, **case: all(n + 2 * padding > dilation * (kernel - 1) for n in size),
+    kernel=(3, 5, 7, 4),
+    stride=(1, 2, 3),
+    dilation=(1, 2),
+    padding=(0, 1, 2, 3, 9),
+    channels=(3, 16, 37),
+    size=((1, 3), (5, 2), (7, 7), (14, 15), (9, 20)),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DEPTHWISE, ids=case_id)
+def test_depthwise_gradients(case, dtype, on_isa):
+    check_depthwise_gradients(3, **case, dtype=dtype)
+
+
+def test_depthwise_gradients_that_go_past_the_caches(on_isa):
+    for stride in (1, 2):
+        check_depthwise_gradients(1, 3, stride, 1, 1, 64, (224, 224), torch.float32)
+
+
+def check_depthwise_gradients(n, kernel, stride, dilation, padding, channels, size, dtype):
+    """Of a convolution alone, both and each of them."""
+    geometry = (stride, stride), (padding, padding), (dilation, dilation)
+    x = image(n, channels, *size, dtype)
+    weight = torch.randn(channels, 1, kernel, kernel, dtype=dtype)
+    y = F.conv2d(x, weight, None, *geometry, channels)
+    grad = image(*y.shape, dtype, seed=1)
+
+    def exact(*operands):
+        wanted = (False, [0, 0], channels, [True, True, False])
+        return torch.ops.aten.convolution_backward(*(each.double() for each in operands), None, *geometry, *wanted)
+
+    expected, scale = exact(grad, x, weight), exact(grad.abs(), x.abs(), weight.abs())
+    terms = kernel**2, y.numel() // channels
+    for wanted in ((True, True), (True, False), (False, True)):
+        at_y = grad, None, None, "none", None, None, None
+        found = torch.ops.mobilenet_fast.depthwise_conv2d_gradients(
+            *at_y, x, None, "none", None, weight, *geometry, *wanted
+        )
+        for i in range(2):
+            if wanted[i]:
+                assert_close(found[i], expected[i], terms[i], scale[i])
 
 
 @pytest.mark.parametrize("norm", ({"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}))
