@@ -1,9 +1,10 @@
 """What each step of the family's networks should take on a GPU: ``python -m benchmarks.predict``.
 
-Writes docs/gpu_predictions.md, and .csv with every step. The steps are those that `accelerate` plans for CUDA, the
-times those that it chooses fused blocks by (mobilenet_fast/accelerate/roofline.py). What a GPU took has a column of its
-own, which is empty as long as nothing was measured: the prediction is there to be compared with, and to say beforehand
-which steps deserve work. No GPU is needed.
+Writes docs/gpu_predictions.md, .csv with every step, and gpu_predictions_layers.csv with every layer of the suite
+(benchmarks/predict_layers.py). The steps are those that `accelerate` plans for CUDA, the times those that it chooses
+fused blocks by (mobilenet_fast/accelerate/roofline.py). What a GPU took has a column of its own, which is empty as long
+as nothing was measured: the prediction is there to be compared with, and to say beforehand which steps deserve work. No
+GPU is needed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import predict_layers
 from benchmarks.gauges import ROOT
 from mobilenet_fast import models
 from mobilenet_fast.accelerate import cuda
@@ -93,6 +95,26 @@ def write_csv(networks: Networks, file: Path) -> None:
                     writer.writerow([*known, f"{1e6 * work.seconds():.2f}", ""])
 
 
+def write_layers(file: Path) -> None:
+    rows = list(predict_layers.layer_rows())
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def training(names: list[str]) -> str:
+    """Forward and backward of a network's layers, ours and by PyTorch's passes."""
+    rows = []
+    for name in names:
+        for batch in (32, 256):
+            for dtype in DTYPES:
+                ours, pytorch = (predict_layers.training_seconds(name, batch, dtype, own) for own in (True, False))
+                times = f"{1e3 * ours:.2f}", f"{1e3 * pytorch:.2f}", f"{pytorch / ours:.2f}"
+                rows.append((name, _name(dtype), batch, *times, ""))
+    return table(("model", "dtype", "batch", "predicted ms", "PyTorch's passes, ms", "ratio", "measured ms"), rows)
+
+
 def table(heading: tuple[str, ...], rows: list[tuple]) -> str:
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (heading, *rows)]
     return "\n".join([lines[0], "|---" * len(heading) + "|", *lines[1:]])
@@ -160,13 +182,25 @@ and outputs. A step takes {1e6 * H100.launch_seconds:.1f} µs, and the longest o
 """
 
 
+TRAINING = """## Training
+
+Forward and backward of convolutions, batch norms with their activations and squeeze-excites, kernel by kernel, without
+residuals, pooling, classifier, loss and optimizer; PyTorch's kernels at the speeds above too, where they read and write
+more. So the ratio is what fewer passes alone should give; PyTorch's depthwise gradients are known to take many times
+what their bytes do. Single layers, forward and with each gradient, are in
+[gpu_predictions_layers.csv](gpu_predictions_layers.csv), under the names that `python -m benchmarks --device cuda
+--suite layers` gives them.
+"""
+
+
 def page(networks: Networks) -> str:
+    names = list(dict.fromkeys(model for model, _ in networks))
     sections = [
         f"## {model}, float16, batch {BATCHES[-1]}\n\n{details(steps[BATCHES[-1]])}\n"
         for (model, dtype), steps in networks.items()
         if dtype == torch.float16
     ]
-    return "\n".join([HEAD, summary(networks) + "\n", *sections])
+    return "\n".join([HEAD, summary(networks) + "\n", TRAINING, training(names) + "\n", *sections])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,9 +210,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     networks = {(model, dtype): steps_of(model, MODELS[model], dtype) for dtype in DTYPES for model in options.model}
     options.out.write_text(page(networks), encoding="utf-8")
-    write_csv(networks, options.out.with_suffix(".csv"))
+    every_step = options.out.with_suffix(".csv")
+    every_layer = options.out.with_name(f"{options.out.stem}_layers.csv")
+    write_csv(networks, every_step)
+    write_layers(every_layer)
     print(summary(networks))
-    print("written:", options.out, options.out.with_suffix(".csv"))
+    print("written:", options.out, every_step, every_layer)
     return 0
 
 

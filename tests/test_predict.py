@@ -8,7 +8,8 @@ import torch
 from mobilenet_fast.accelerate.roofline import H100, Work
 
 pytest.importorskip("triton")
-from benchmarks import predict  # noqa: E402
+from benchmarks import predict, predict_layers  # noqa: E402
+from benchmarks.cases import layers  # noqa: E402
 
 
 def test_a_step_takes_the_longest_of_what_it_needs():
@@ -65,6 +66,42 @@ def test_page_and_csv(tmp_path, capsys):
     for dtype in ("float16", "float32"):
         rows = [row for row in found if (row["batch"], row["dtype"]) == ("256", dtype)]
         totals[dtype] = sum(float(row["predicted_us"]) for row in rows)
-        (line,) = [line for line in text.splitlines() if line.startswith(f"| mobilenet_v3_small | {dtype} | 256 |")]
-        assert float(line.split("|")[6]) == pytest.approx(totals[dtype] / 1e3, rel=0.01)
+        heading = f"| mobilenet_v3_small | {dtype} | 256 |"
+        inference, training = [line.split("|") for line in text.splitlines() if line.startswith(heading)]
+        assert float(inference[6]) == pytest.approx(totals[dtype] / 1e3, rel=0.01)
+        assert 0 < float(training[4]) < float(training[5])
     assert totals["float32"] > 1.5 * totals["float16"]
+    with file.with_name("predictions_layers.csv").open(newline="") as opened:
+        of_layers = list(csv.DictReader(opened))
+    names = {case.name for case in layers.cases() if "cuda" in case.devices}
+    assert {row["layer"] for row in of_layers} == names and not any(row["measured_us"] for row in of_layers)
+
+
+def test_passes_of_training():
+    """As docs/gpu.md counts them: over a layer's image, ours and PyTorch's."""
+    norm, squeeze = layers.BatchNorm(64, 56, "relu"), layers.SqueezeExcite(64, 56, 16, "relu", "hardsigmoid")
+    image = 8 * 64 * 56**2
+    for layer, direction, ours, pytorch in ((norm, "training", 3 + 5, 5 + 8), (squeeze, "forward+both", 3 + 4, 3 + 10)):
+        for passes, own in ((ours, True), (pytorch, False)):
+            kernels = predict_layers.kernels_of(layer, direction, 8, own)
+            assert sum(count for kernel in kernels for count in kernel.images.values()) // image == passes
+
+
+def test_a_large_depthwise_convolution_by_hand():
+    """(16, 64, 512, 512) in float32, 3×3: 1.07 GB read and as much written, at 2 TB/s; backward three times that."""
+    layer = layers.LARGE[0][0]
+    seconds = {
+        direction: predict_layers.Call(torch.float32).add(predict_layers.kernels_of(layer, direction, 16)).seconds
+        for direction in ("forward", "forward+both")
+    }
+    one = 16 * 64 * 512**2 * 4 / 2.0e12
+    assert seconds["forward"] == pytest.approx(2 * one + 1.5e-6)
+    assert seconds["forward+both"] == pytest.approx(5 * one + 2 * 1.5e-6)
+
+
+def test_what_was_just_touched_comes_from_the_cache():
+    """A backward pass reads its small input again, which the forward pass has read."""
+    layer = layers.Convolution(16, 14, 14, 16, (3, 3), 1, (1, 1), True)
+    call = predict_layers.Call(torch.float16).add(predict_layers.kernels_of(layer, "forward+weight", 2))
+    image = 2 * 16 * 14**2 * 2
+    assert [(work.memory_bytes, work.cached_bytes) for work in call.works] == [(2 * image, 0), (image, image)]

@@ -159,21 +159,21 @@ def _activation(module: nn.Module) -> str:
     return next(name for name, y in expected.items() if torch.allclose(given, y, atol=1e-6))
 
 
-def found(name: str) -> set[Layer]:
+def found(name: str) -> list[Layer]:
     """Those of a model but for squeeze-excite's convolutions, whose maps are of one pixel."""
     build, size = NETWORKS[name]
-    layers: set[Layer] = set()
+    layers: list[Layer] = []
 
     def convolution(layer, given, output):
         if output.shape[2:].numel() > 1:
-            layers.add(Convolution.of(layer, given[0].shape, output.shape))
+            layers.append(Convolution.of(layer, given[0].shape, output.shape))
 
     def squeeze_excite(layer, given, output):
         squeeze = next(m for m in layer.modules() if isinstance(m, nn.Conv2d))
         first, last = ("act1", "gate") if hasattr(layer, "act1") else ("activation", "scale_activation")
         activations = (_activation(getattr(layer, which)) for which in (first, last))
         _, channels, height, _ = output.shape
-        layers.add(SqueezeExcite(channels, height, squeeze.out_channels, *activations))
+        layers.append(SqueezeExcite(channels, height, squeeze.out_channels, *activations))
 
     with torch.device("meta"), torch.no_grad(), _Calls() as calls:
         model = build().eval()
@@ -184,7 +184,7 @@ def found(name: str) -> set[Layer]:
                 layer.register_forward_hook(squeeze_excite)
         model(torch.empty(1, 3, size, size))
     for output, activation in calls.norms:
-        layers.add(BatchNorm(output.shape[1], output.shape[2], activation))
+        layers.append(BatchNorm(output.shape[1], output.shape[2], activation))
     return layers
 
 
@@ -205,7 +205,7 @@ def large(convolution: Convolution, batch: int) -> Case:
 def cases() -> list[Case]:
     users: dict[Layer, list[str]] = {}
     for name in NETWORKS:
-        for layer in found(name):
+        for layer in set(found(name)):
             users.setdefault(layer, []).append(name)
     cases = sorted((layer.case(tuple(models)) for layer, models in users.items()), key=lambda case: case.name)
     return [*cases, *(large(*shape) for shape in LARGE)]

@@ -56,9 +56,9 @@ def limits_of(device: torch.device) -> Limits:
 
 # Instructions that threads issue for each element, as an H200 counted them (float16, MobileNetV3-Large at batch 256;
 # what programs have too many is in): a bias, an activation, a conversion and a share of the pointers.
-_EPILOGUE = 14
+EPILOGUE = 14
 # For each tap: the multiply-add, and a share of the loads, conversions and pointers of what it reads.
-_TAP = 1.5
+TAP = 1.5
 # In a block without an expansion, which loads and converts each column anew for every tap.
 _TAP_OF_BLOCK = 6.5
 # For each element that a fused block expands anew: the product's operands and result, activation, two conversions, the
@@ -116,17 +116,17 @@ def work_of(node: Node, weights_elements: int = 0, limits: Limits = H100, reads:
     macs = instructions = 0.0
     turns = programs = 1
     if is_depthwise(node):
-        instructions = elements * (_TAP * math.prod(node.attrs["kernel"]) + _EPILOGUE)
+        instructions = elements * (TAP * math.prod(node.attrs["kernel"]) + EPILOGUE)
     elif node.op == "pool2d":
-        instructions = elements * (_TAP * math.prod(node.attrs["kernel"]) + _EPILOGUE)
+        instructions = elements * (TAP * math.prod(node.attrs["kernel"]) + EPILOGUE)
     elif node.op in ("conv2d", "linear"):
         macs = weights_elements * elements / channels
-        instructions = elements * _EPILOGUE
+        instructions = elements * EPILOGUE
     elif node.op == "inverted_residual":
         macs, instructions, again, turns, programs = _block(node)
         cached += again * size
     else:
-        instructions = elements * _EPILOGUE
+        instructions = elements * EPILOGUE
     return Work(memory, cached, macs, instructions, turns, programs, node.dtype)
 
 
@@ -138,8 +138,8 @@ def _block(node: Node) -> tuple[float, float, float, int, int]:
     a, (n, out_channels, h, w) = node.attrs, node.shape
     (kernel_h, kernel_w), stride = a["kernel"], a["stride"][0]
     pixels, hidden = n * h * w, a["hidden"]
-    tap = _TAP if a["expand"] else _TAP_OF_BLOCK
-    instructions = pixels * hidden * (tap * kernel_h * kernel_w + _EPILOGUE)
+    tap = TAP if a["expand"] else _TAP_OF_BLOCK
+    instructions = pixels * hidden * (tap * kernel_h * kernel_w + EPILOGUE)
     macs = 0.0
     if a["expand"]:
         # Each tap expands its pixels anew, for the rows of an output that share them.
@@ -152,7 +152,7 @@ def _block(node: Node) -> tuple[float, float, float, int, int]:
     again = ((rows - 1) * stride + kernel_h) / (rows * stride) * torch.Size(node.inputs[0].shape).numel()
     if a["project"]:
         macs += pixels * hidden * max(16, out_channels)
-        instructions += pixels * out_channels * _EPILOGUE
+        instructions += pixels * out_channels * EPILOGUE
     else:
         turns, programs = 1, programs * turns
     return macs, instructions, again, turns * loads, programs
