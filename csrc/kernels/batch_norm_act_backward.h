@@ -130,7 +130,12 @@ inline void norm_gradient_tile(const NormGradientArgs<T>& a, int64_t row, int64_
       } else if constexpr (kWhat == NormGradient::kInput) {
         d = V::fma(d, factor[v], V::fma(V::sub(value, mean[v]), slope[v], offset[v]));
       }
-      if (kWhat != NormGradient::kSums || out != nullptr) store<T, kTail>(out + at, d, n);
+      if (kWhat == NormGradient::kSums && out == nullptr) continue;
+      if (!kTail && a.past_caches) {
+        V::stream(out + at, d);
+      } else {
+        store<T, kTail>(out + at, d, n);
+      }
     }
     grad += a.grad_stride;
     if constexpr (kReadsX) x += a.x_stride;
@@ -217,6 +222,7 @@ void gate_gradient_of(const GateGradientArgs<T>& a) {
 template <class T>
 void norm_gradient(const NormGradientArgs<T>& a) {
   MF_WITH_ACTIVATION(norm_gradient_of, a.activation, a)
+  if (a.past_caches) Vec<T>::fence();
 }
 
 template <class T>

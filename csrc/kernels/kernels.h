@@ -147,6 +147,7 @@ struct NormGradientArgs {
   const T *factor, *slope, *offset;
   T* sums;  // or null
   Activation activation;
+  bool past_caches;  // as for DepthwiseGradArgs, of `out`
 };
 
 // sums[c] += sum over `rows` pixels of grad[m, c] · activation(x[m, c] · scale[c] + shift[c]); without `grad` it is 1.

@@ -230,7 +230,7 @@ class DepthwiseBackward final : public Step {
     args.past_caches = !writes_z && goes_past_caches(out, xs);
     kernels_.depthwise_conv2d_gradients(args);
     if (!need_input_ || !writes_z) return;
-    gradient_before_norm(kernels_, read_, mean_, z, x, out, inputs.size() * xs.w, xs.c, channel, slice, both, norm);
+    gradient_before_norm(kernels_, read_, mean_, z, x, out, inputs.size() * xs.w, xs, channel, slice, both, norm);
   }
 
   const Kernels<T>& kernels_;

@@ -137,7 +137,7 @@ class MaxPoolBackward final : public Step {
 
     const int64_t from = (image * xs.h + own.begin) * xs.w * xs.c + channel;
     gradient_before_norm(kernels_, read_, mean_, of_z + (own.begin - inputs.begin) * xs.w * slice,
-                         work.buffer<T>(1) + from, work.buffer<T>(2) + from, own.size() * xs.w, xs.c, channel, slice,
+                         work.buffer<T>(1) + from, work.buffer<T>(2) + from, own.size() * xs.w, xs, channel, slice,
                          both, sums);
   }
 

@@ -233,6 +233,7 @@ class PointwiseBackward final : public Step {
       at_norm.scale = row_or_null<T>(read_.folded, 0);
       at_norm.shift = row_or_null<T>(read_.folded, 1);
       at_norm.activation = read_.activation;
+      at_norm.past_caches = goes_past_caches(out, shape_);
       if (sums_.norm.defined()) {
         at_norm.mean = mean_->const_data_ptr<T>();
         at_norm.sums = sums_.norm.data_ptr<T>() + g * 2 * c;

@@ -220,36 +220,6 @@ void set_window(T& args, const Window& window) {
   args.dilation_w = window.dilation_w;
 }
 
-// Some channels of some pixels of a convolution's input: what its norm and activation make of `of_z`, (rows, slice).
-// With `sums`, (2, channels), what the norm itself needs of it is added there, by way of `both`, (2, slice).
-template <class T>
-void gradient_before_norm(const Kernels<T>& kernels, const ReadAs& read, const OptionalTensor& mean, const T* of_z,
-                          const T* x, T* out, int64_t rows, int64_t channels, int64_t channel, int64_t slice, T* both,
-                          T* sums) {
-  NormGradientArgs<T> args{};
-  args.grad = of_z;
-  args.grad_stride = slice;
-  args.x = x;
-  args.out = out;
-  args.x_stride = args.out_stride = channels;
-  args.rows = rows;
-  args.channels = slice;
-  if (read.folded.has_value()) {
-    args.scale = row_or_null<T>(read.folded, 0) + channel;
-    args.shift = row_or_null<T>(read.folded, 1) + channel;
-  }
-  args.activation = read.activation;
-  if (sums != nullptr) {
-    std::fill_n(both, 2 * slice, T(0));
-    args.mean = mean->const_data_ptr<T>() + channel;
-    args.sums = both;
-  }
-  kernels.norm_gradient(args);
-  for (int64_t i = 0; sums != nullptr && i < 2; ++i) {
-    for (int64_t c = 0; c < slice; ++c) sums[i * channels + c] += both[i * slice + c];
-  }
-}
-
 // Whether `out`, where the channels of a slice begin in an image, is best written past the caches: those have lost it
 // before anybody reads it, since two images of its size are read meanwhile. A core's share of the last one is taken for
 // 32 MB: what systems tell is the whole processor's.
@@ -259,6 +229,37 @@ bool goes_past_caches(const T* out, ImageShape image) {
   const int64_t pixel = image.c * static_cast<int64_t>(sizeof(T));
   return pixel % kLine == 0 && reinterpret_cast<uintptr_t>(out) % kLine == 0 &&
          3 * image.n * image.pixels() * pixel > kLastCache;
+}
+
+// Some channels of some pixels of a convolution's input: what its norm and activation make of `of_z`, (rows, slice).
+// With `sums`, (2, channels), what the norm itself needs of it is added there, by way of `both`, (2, slice).
+template <class T>
+void gradient_before_norm(const Kernels<T>& kernels, const ReadAs& read, const OptionalTensor& mean, const T* of_z,
+                          const T* x, T* out, int64_t rows, ImageShape image, int64_t channel, int64_t slice, T* both,
+                          T* sums) {
+  NormGradientArgs<T> args{};
+  args.grad = of_z;
+  args.grad_stride = slice;
+  args.x = x;
+  args.out = out;
+  args.x_stride = args.out_stride = image.c;
+  args.rows = rows;
+  args.channels = slice;
+  if (read.folded.has_value()) {
+    args.scale = row_or_null<T>(read.folded, 0) + channel;
+    args.shift = row_or_null<T>(read.folded, 1) + channel;
+  }
+  args.activation = read.activation;
+  args.past_caches = goes_past_caches(out, image);
+  if (sums != nullptr) {
+    std::fill_n(both, 2 * slice, T(0));
+    args.mean = mean->const_data_ptr<T>() + channel;
+    args.sums = both;
+  }
+  kernels.norm_gradient(args);
+  for (int64_t i = 0; sums != nullptr && i < 2; ++i) {
+    for (int64_t c = 0; c < slice; ++c) sums[i * image.c + c] += both[i * slice + c];
+  }
 }
 
 // The operations; images are dense and channels last.
