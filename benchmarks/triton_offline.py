@@ -92,9 +92,9 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(index,)] = "constexpr", value
             continue
-        is_tensor = isinstance(value, torch.Tensor)
-        signature[parameter.name] = "*" + DTYPES[value.dtype] if is_tensor else "i32"
-        if is_tensor or value % 16 == 0:
+        is_tensor, is_float = isinstance(value, torch.Tensor), isinstance(value, float)
+        signature[parameter.name] = "*" + DTYPES[value.dtype] if is_tensor else "fp32" if is_float else "i32"
+        if is_tensor or not is_float and value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 

@@ -8,6 +8,8 @@ the batch norm's, which is all that is kept.
 
 from __future__ import annotations
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
@@ -168,12 +170,17 @@ def _merge_statistics(
     parts,
     channels,
     pixels,
+    momentum,
+    momentum_rest,
     EPS: tl.constexpr,
-    MOMENTUM: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Of all parts: mean, 1 / standard deviation, and what the running statistics become."""
+    """Of all parts: mean, 1 / standard deviation, and what the running statistics become.
+
+    Numbers come as float32, so float64's momentum in two of them: it may change at each call, which a constant's
+    kernel would be compiled anew for.
+    """
     ACC: tl.constexpr = means_ptr.dtype.element_ty
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     here = channel < channels
@@ -199,7 +206,7 @@ def _merge_statistics(
     if batches_ptr is not None:
         share = 1.0 / tl.load(batches_ptr).to(ACC)
     else:
-        share = tl.full([], MOMENTUM, ACC)
+        share = tl.zeros([], ACC) + momentum + momentum_rest
     if running_mean_ptr is not None:
         old = tl.load(running_mean_ptr + channel, here, 0.0).to(ACC)
         new = old + share * (mean - old)
@@ -356,8 +363,8 @@ def batch_norm_act_training(
             *(means, squares, counts, mean, rstd, *statistics),
             None if momentum is not None else num_batches_tracked,
             *(parts, channels, images * pixels),
+            *_in_float32(0.0 if momentum is None else momentum),
             EPS=eps,
-            MOMENTUM=0.0 if momentum is None else momentum,
             BLOCK_PARTS=32,
             BLOCK_C=32,
         )
@@ -443,6 +450,12 @@ def _normalise(input, mean, spread, weight, bias, eps, activation, variance) -> 
                 num_warps=tile.warps,
             )
     return output
+
+
+def _in_float32(value: float) -> tuple[float, float]:
+    """It rounded to float32, and the rest of it."""
+    (rounded,) = struct.unpack("f", struct.pack("f", value))
+    return rounded, value - rounded
 
 
 def _matrix(tensor: torch.Tensor, channels_last: bool) -> tuple[int, int, int]:
