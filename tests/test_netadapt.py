@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import import_torchvision
 from torch import nn
 
 from mobilenet_fast import cli, cost, models
@@ -126,6 +127,16 @@ def test_each_proposal_is_faster_by_delta_and_as_wide_as_that_allows():
     assert result.latency_ms == latency(result.model) <= 2.0
     assert model.training == mode
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_torchvisions_mnasnet_whose_layers_have_versions():
+    torch.manual_seed(0)
+    model = import_torchvision().models.mnasnet0_5(num_classes=10)
+    count = lambda model: sum(parameter.numel() for parameter in model.parameters()) / 1e6  # noqa: E731
+    target, x = 0.95 * count(model), torch.zeros(1, 3, 32, 32)
+    result = netadapt(model, finetune, lambda model: 0.5, target, example_input=x, delta=0.04, steps=0, latency=count)
+    assert count(result.model) == result.latency_ms <= target
+    assert torch.equal(result.model.classifier[1].bias, model.classifier[1].bias)
 
 
 # Latency is a sum over groups of so much a channel, and accuracy is what is said of a group's least width.

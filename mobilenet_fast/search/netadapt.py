@@ -302,7 +302,9 @@ class _Run:
     def built(self, widths: dict[str, int], weights: dict[str, Tensor] | None) -> nn.Module:
         model = with_widths(self.first, self.groups, widths)
         if weights is not None:
-            model.load_state_dict(weights)
+            state = model.state_dict()  # with the versions of its layers' formats, by which some load their tensors
+            state.update(weights)
+            model.load_state_dict(state)
         return model
 
     def latency_of(self, model: nn.Module, widths: dict[str, int], again: bool = False) -> float:
