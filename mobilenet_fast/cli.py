@@ -300,7 +300,13 @@ def run_netadapt(options) -> int:
             seed=options.seed,
             log=out / "log.csv",
             checkpoint=out / "checkpoint.pt",
-            progress=with_progress,
+            note={
+                "pictures": str(options.pictures.resolve()),
+                "classes": pictures.classes,
+                "size": options.size,
+                "batch": options.batch,
+                "rate": options.rate,
+            },
         )
     except (ImportError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
         complain(first_line(error))
