@@ -26,6 +26,7 @@ from ..messages import first_line
 from ..models.rounding import make_divisible
 from ..progress import with_progress
 from .blocks import KEEPS, ChannelGroup, channel_groups, shrink, with_widths
+from .facts import note_facts, other_facts
 
 __all__ = ["RULES", "MeasuredLatency", "NetAdapted", "latencies_in_turn", "netadapt"]
 
@@ -170,7 +171,7 @@ def netadapt(
     if not any(_narrower(group.width(model), divisor) for group in groups):
         raise ValueError(f"netadapt: the model has no block to make narrower by multiples of {divisor} channels")
     recipe = {
-        **{f"{name} (note)": value for name, value in (note or {}).items()},
+        **note_facts("netadapt", note),
         "target_latency_ms": target_latency_ms,
         "delta": delta,
         "steps": steps,
@@ -298,7 +299,7 @@ class _Run:
             raise ValueError(f"netadapt: {self.file} is no checkpoint: it has no {error}") from None
         except Exception as error:  # what torch.load raises for a file that is none of its own depends on its bytes
             raise ValueError(f"netadapt: {self.file} is no checkpoint: {first_line(error)}") from None
-        others = [key for key in self.recipe | made if key not in made or made[key] != self.recipe.get(key)]
+        others = other_facts(made, self.recipe)
         if others:
             raise ValueError(f"netadapt: {self.file} was made with another {', '.join(others)}")
         self.state = state
