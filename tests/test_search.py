@@ -348,9 +348,13 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "(best reward)" in printed and len(Path("log.csv").read_text().splitlines()) == 7
     assert Architecture(**{**(best := json.loads(Path("best.json").read_text())), "blocks": ()}).num_classes == 10
     assert len(best["blocks"]) == 4 and len(calibrated) == 1
-    command[command.index("log.csv")] = "nowhere/log.csv"
-    assert cli.main(command) == 1
-    assert "nowhere/log.csv" in capsys.readouterr().err
+    assert json.loads(Path("log.csv.json").read_text())["evaluate (note)"] == "judge_of_networks:few"
+    assert cli.main([*command, "--size", "32"]) == 1
+    assert "another search: size (note) 64, here 32; latency.size 64, here 32\n" in capsys.readouterr().err
+    assert cli.main([*command, "--batch", "2", "--dtype", "bfloat16"]) == 1
+    assert (
+        'another search: latency.batch 1, here 2; latency.dtype "float32", here "bfloat16"\n' in capsys.readouterr().err
+    )
     command[2] = "1"
     assert cli.main(command) == 1
     assert "no network of digits takes 1 ms" in capsys.readouterr().err
@@ -362,14 +366,30 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         (["--target-ms", "0"], "must be positive"),
         (["--target-ms", "1", "--evaluate", "nothing"], "must be module:function"),
         (["--target-ms", "1", "--evaluate", "math:pi"], "which is no function"),
+        (["--target-ms", "1", "--evaluate", "broken_module:f"], "got broken_module:f (ZeroDivisionError: "),
+        (
+            ["--target-ms", "1", "--output", "nowhere/best.json"],
+            "--output: no file can be written at nowhere/best.json",
+        ),
+        (["--target-ms", "1", "--log", "nowhere/log.csv"], "--log: no file can be written at nowhere/log.csv"),
+        (["--target-ms", "1", "--table", "nowhere/t.json"], "--table: no file can be written at nowhere/t.json"),
+        (["--target-ms", "1", "--table", "."], "--table: no file can be written at ."),
         (["--target-ms", "1", "--workers", "-1"], "must be 0 or more"),
         ([], "--target-ms"),
     ],
 )
-def test_command_line_refuses(options, message, capsys):
+def test_command_line_refuses(options, message, capsys, monkeypatch, tmp_path):
+    (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(SystemExit):
         cli.main(["search", *options])
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ten_digits_need_ten_classes(capsys):
+    assert cli.main(["search", "--target-ms", "1", "--classes", "9"]) == 1
+    assert capsys.readouterr().err == "mobilenet_fast: search: the digits are 10 classes, --classes 9 is less\n"
 
 
 def test_digits_are_trained_on():

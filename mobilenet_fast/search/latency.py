@@ -356,8 +356,8 @@ class LatencyTable:
     machines that others use too, that changes by a quarter from hour to hour. ``python -m benchmarks latency`` holds
     predictions against networks (docs/search.md).
 
-    **Where it fails.** Networks whose weights all fit into L2 are faster than predicted, since there the parts' weights
-    stay. Networks must be chains (`parts_of`).
+    **Where it fails.** Accuracy was measured over one space, around MobileNetV3-Large. Other networks may be predicted
+    several percent high, MobileNetV3-Small by a fifth (docs/search.md). They must be chains (`parts_of`).
 
     Args:
         path: of the JSON file; it is read if it exists, and written after every sixteen parts. None keeps nothing.
