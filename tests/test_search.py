@@ -43,8 +43,10 @@ def test_reward_by_hand():
 def test_reward_of_a_ratio_that_no_float_has():
     assert reward(0.5, 1e-320, 1e308) == pytest.approx(0.5 * 10 ** (628 * 0.07), rel=1e-3)  # 1e-320 has few bits
     assert reward(0.5, 1e308, 1e-300) == pytest.approx(0.5 * 10 ** (-608 * 0.07), rel=1e-9)
-    with pytest.raises(ValueError, match=r"^reward: \(1 / 2\) \*\* -1e\+300 is too large"):
+    with pytest.raises(ValueError, match=r"^reward: 0\.5 \* \(1 / 2\) \*\* -1e\+300 is too large$"):
         reward(0.5, 1, 2, -1e300)
+    with pytest.raises(ValueError, match=r"^reward: .* is too large$"):
+        reward(1e308, 1, 2, -4)
 
 
 @pytest.mark.parametrize("arguments", [(0.5, 0, 1), (0.5, 1, -1), (-0.1, 1, 1), (math.nan, 1, 1), (0.5, 1, 1, 0.1)])
@@ -230,6 +232,13 @@ def test_the_log_of_another_search(tmp_path):
     (tmp_path / "log.csv.json").unlink()
     with pytest.raises(ValueError, match=r"log.csv.json does not say which search \S+log.csv is of \(.*No such file"):
         platform_aware_search(**usual)
+    log.unlink()
+    (tmp_path / "log.csv.json").write_text('{"blocks": []}')  # a file of the user's
+    with pytest.raises(
+        ValueError, match=r"log.csv.json does not say which search \S+log.csv is of \(it is none of a s"
+    ):
+        platform_aware_search(**usual)
+    assert (tmp_path / "log.csv.json").read_text() == '{"blocks": []}' and not log.exists()
     for given in ("digits", {"data": Path("digits")}):
         with pytest.raises(TypeError, match="^platform_aware_search: note must be "):
             platform_aware_search(**(usual | {"note": given}))

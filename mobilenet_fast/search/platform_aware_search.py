@@ -240,21 +240,26 @@ class _Log:
         except ValueError as error:
             raise ValueError(f"platform_aware_search: {path} is no log of a search ({error})") from None
         beside = path.with_name(path.name + ".json")
+        there = self.facts(beside) if self.rows or beside.exists() else {}
         if self.rows:
-            self.compare(beside, json.loads(json.dumps(facts)))
+            self.compare(there, json.loads(json.dumps(facts)))
         else:
             beside.write_text(json.dumps(facts, indent=1) + "\n")
         if whole != text or not whole:
             path.write_text(whole or header)
 
-    def compare(self, beside: Path, here: dict[str, Any]) -> None:
+    def facts(self, beside: Path) -> dict[str, Any]:
         try:
-            there = dict(json.loads(beside.read_text()))
-        except (OSError, TypeError, ValueError) as error:
+            found = json.loads(beside.read_text())
+            if not isinstance(found, dict) or "at_once" not in found:
+                raise ValueError("it is none of a search's")
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"platform_aware_search: {beside} does not say which search {self.path} is of ({first_line(error)})"
             ) from None
+        return found
 
+    def compare(self, there: dict[str, Any], here: dict[str, Any]) -> None:
         def said(facts: dict[str, Any], name: str) -> str:
             return textwrap.shorten(json.dumps(facts[name]), 60, placeholder=" …") if name in facts else "not given"
 

@@ -29,7 +29,11 @@ def reward(accuracy: float, latency: float, target: float, w: float = -0.07) -> 
         raise ValueError(f"reward: accuracy must be 0 or more, got {accuracy}")
     if not -math.inf < w <= 0:
         raise ValueError(f"reward: w must be 0 or less, got {w}")
+    exponent = w * (math.log(latency) - math.log(target))  # the ratio itself may be 0 or infinite
     try:
-        return accuracy * math.exp(w * (math.log(latency) - math.log(target)))  # the ratio itself may be 0 or infinite
+        value = accuracy * math.exp(exponent)
     except OverflowError:
-        raise ValueError(f"reward: ({latency} / {target}) ** {w} is too large") from None
+        value = math.inf
+    if value == math.inf:
+        raise ValueError(f"reward: {accuracy} * ({latency} / {target}) ** {w} is too large")
+    return value
