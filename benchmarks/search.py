@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
                 options.trials,
                 method=method,
                 log=options.results / f"{method}.csv",
+                note={"evaluate": "digits", "steps": options.steps, "size": options.size},
                 seed=options.seed,
             )
         except ValueError as error:

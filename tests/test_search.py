@@ -1,3 +1,5 @@
+import csv
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from mobilenet_fast import cli, search
-from mobilenet_fast.search import Architecture, Block, SearchSpace, Stage, platform_aware_search, reward
+from mobilenet_fast.search import Architecture, Block, LatencyTable, SearchSpace, Stage, platform_aware_search, reward
 from mobilenet_fast.search.controller import AgingEvolution, Controller
 from mobilenet_fast.search.platform_aware_search import SearchResult, Trial, least_latency
 from mobilenet_fast.search.space import SPACES, Skip
@@ -36,6 +38,15 @@ def test_reward_by_hand():
     assert reward(0.6, 120, 60, -0.15) == pytest.approx(0.540750, rel=1e-5)  # 0.6 · 2^-0.15
     assert reward(0.6, 120, 60, 0) == 0.6
     assert reward(0.7 * 1.05, 2, 1) == pytest.approx(reward(0.7, 1, 1), rel=2e-3)  # why -0.07
+
+
+def test_reward_of_a_ratio_that_no_float_has():
+    assert reward(0.5, 1e-320, 1e308) == pytest.approx(0.5 * 10 ** (628 * 0.07), rel=1e-3)  # 1e-320 has few bits
+    assert reward(0.5, 1e308, 1e-300) == pytest.approx(0.5 * 10 ** (-608 * 0.07), rel=1e-9)
+    with pytest.raises(ValueError, match=r"^reward: 0\.5 \* \(1 / 2\) \*\* -1e\+300 is too large$"):
+        reward(0.5, 1, 2, -1e300)
+    with pytest.raises(ValueError, match=r"^reward: .* is too large$"):
+        reward(1e308, 1, 2, -4)
 
 
 @pytest.mark.parametrize("arguments", [(0.5, 0, 1), (0.5, 1, -1), (-0.1, 1, 1), (math.nan, 1, 1), (0.5, 1, 1, 0.1)])
@@ -177,6 +188,82 @@ def test_a_killed_search_goes_on_to_the_same_result(tmp_path):
     assert platform_aware_search(TINY, parameters, layers, 30, 40, log=log, **options) == whole
 
 
+def test_more_trials_go_on_from_fewer(tmp_path):
+    for method in ("controller", "evolution", "random"):
+        options = {"method": method, "progress": False}
+        log = tmp_path / f"{method}.csv"
+        few = platform_aware_search(TINY, parameters, layers, 30, 30, log=log, **options)
+        more = platform_aware_search(TINY, parameters, layers, 30, 45, log=log, **options)
+        assert more.trials[:30] == few.trials
+        assert more == platform_aware_search(TINY, parameters, layers, 30, 45, **options)
+
+
+def test_the_log_of_another_search(tmp_path):
+    log, note = tmp_path / "log.csv", {"steps": 40, "data": "digits"}
+    usual = {"space": TINY, "evaluate": parameters, "latency": layers, "target_ms": 30, "trials": 6, "log": log}
+    usual |= {"method": "random", "progress": False, "note": note}
+    found = platform_aware_search(**usual)
+    before = log.read_text()
+    assert len(next(csv.DictReader(before.splitlines()))) == 6
+    for options, said in (
+        ({"space": dataclasses.replace(TINY, expansions=(2, 4))}, r"space\.expansions \[3, 6\], here \[2, 4\]$"),
+        ({"space": dataclasses.replace(TINY, num_classes=4)}, r"space\.num_classes 3, here 4$"),
+        ({"target_ms": 29}, r"target_ms 30\.0, here 29\.0$"),
+        ({"reward_exponent": -0.15}, r"reward_exponent -0\.07, here -0\.15$"),
+        ({"method": "evolution"}, 'method "random", here "evolution"$'),
+        ({"at_once": 6}, "at_once 4, here 6$"),
+        ({"note": note | {"steps": 60}}, r"steps \(note\) 40, here 60$"),
+        ({"note": {"steps": 40}}, r'data \(note\) "digits", here not given$'),
+        (
+            {"latency": LatencyTable(size=32, timer=lambda parts: [1.0] * len(parts))},
+            r"latency\.size not given, here 32",
+        ),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^platform_aware_search: .*log.csv is the log of another search: .*{said}"
+        ):
+            platform_aware_search(**(usual | options))
+        assert log.read_text() == before
+    assert platform_aware_search(**(usual | {"workers": 1, "progress": True})) == found
+    log.write_text(before.replace("k3", "k5"))
+    with pytest.raises(ValueError, match="log of another search, from trial 1 on"):
+        platform_aware_search(**usual)
+    log.write_text(before)
+    (tmp_path / "log.csv.json").unlink()
+    with pytest.raises(ValueError, match=r"log.csv.json does not say which search \S+log.csv is of \(.*No such file"):
+        platform_aware_search(**usual)
+    log.unlink()
+    (tmp_path / "log.csv.json").write_text('{"blocks": []}')  # a file of the user's
+    with pytest.raises(
+        ValueError, match=r"log.csv.json does not say which search \S+log.csv is of \(it is none of a s"
+    ):
+        platform_aware_search(**usual)
+    assert (tmp_path / "log.csv.json").read_text() == '{"blocks": []}' and not log.exists()
+    for given in ("digits", {"data": Path("digits")}):
+        with pytest.raises(TypeError, match="^platform_aware_search: note must be "):
+            platform_aware_search(**(usual | {"note": given}))
+
+
+def waits(network):
+    print("working", flush=True)
+    time.sleep(40)
+    return 0.0
+
+
+def test_workers_end_with_a_search_that_is_killed():
+    tests = Path(__file__).parent
+    script = f"""
+import sys
+sys.path[:0] = [{str(tests.parent)!r}, {str(tests)!r}]
+import test_search as t
+t.platform_aware_search(t.TINY, t.waits, t.layers, 30, 4, workers=2, progress=False)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"working\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=15)  # until no process has this end of the pipe any more
+
+
 def test_workers_change_nothing():
     options = {"method": "evolution", "seed": 2, "progress": False}
     alone = platform_aware_search(TINY, parameters, layers, 30, 6, **options)
@@ -219,6 +306,8 @@ def test_an_unreachable_target():
         ({"workers": -1}, "workers must be"),
         ({"at_once": 0}, "at_once must be"),
         ({"method": "evolutoin"}, "there is no method 'evolutoin'; did you mean evolution"),
+        ({"target_ms": "30"}, "target_ms must be a number, got '30'"),
+        ({"reward_exponent": None}, "reward_exponent must be a number, got None"),
         ({"target_ms": 0}, "target must be more than 0"),
         ({"reward_exponent": 0.07}, "w must be 0 or less"),
         ({"evaluate": lambda network: math.nan}, "evaluate must give a number of 0 or more, got nan"),
@@ -231,8 +320,23 @@ def test_search_refuses(options, message):
         platform_aware_search(**(usual | options))
 
 
+@pytest.mark.parametrize(("argument", "value"), [("space", "digits"), ("evaluate", None), ("latency", 3)])
+def test_search_refuses_types(argument, value):
+    usual = {"space": TINY, "evaluate": parameters, "latency": layers, "target_ms": 30, "trials": 4}
+    with pytest.raises(TypeError, match=f"^platform_aware_search: {argument} must be .*, got {type(value).__name__}"):
+        platform_aware_search(**(usual | {argument: value}))
+
+
+def test_a_header_that_was_cut_off(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("trial,accur")
+    platform_aware_search(TINY, parameters, layers, 30, 2, log=log, progress=False)
+    assert len(log.read_text().splitlines()) == 3
+
+
 def test_no_log(tmp_path):
-    for text in ("step,loss\n1,2\n", "trial,accuracy,latency_ms,reward,choices,network\n1,2\n"):
+    header = "trial,accuracy,latency_ms,reward,choices,network"
+    for text in ("step,loss\n1,2\n", f"{header}\n1,2\n", "my only copy", f"{header},more"):
         (tmp_path / "log.csv").write_text(text)
         with pytest.raises(ValueError, match="is no log of a search"):
             platform_aware_search(TINY, parameters, layers, 30, 5, log=tmp_path / "log.csv", progress=False)
@@ -253,9 +357,13 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "(best reward)" in printed and len(Path("log.csv").read_text().splitlines()) == 7
     assert Architecture(**{**(best := json.loads(Path("best.json").read_text())), "blocks": ()}).num_classes == 10
     assert len(best["blocks"]) == 4 and len(calibrated) == 1
-    command[command.index("log.csv")] = "nowhere/log.csv"
-    assert cli.main(command) == 1
-    assert "nowhere/log.csv" in capsys.readouterr().err
+    assert json.loads(Path("log.csv.json").read_text())["evaluate (note)"] == "judge_of_networks:few"
+    assert cli.main([*command, "--size", "32"]) == 1
+    assert "another search: size (note) 64, here 32; latency.size 64, here 32\n" in capsys.readouterr().err
+    assert cli.main([*command, "--batch", "2", "--dtype", "bfloat16"]) == 1
+    assert (
+        'another search: latency.batch 1, here 2; latency.dtype "float32", here "bfloat16"\n' in capsys.readouterr().err
+    )
     command[2] = "1"
     assert cli.main(command) == 1
     assert "no network of digits takes 1 ms" in capsys.readouterr().err
@@ -267,14 +375,30 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         (["--target-ms", "0"], "must be positive"),
         (["--target-ms", "1", "--evaluate", "nothing"], "must be module:function"),
         (["--target-ms", "1", "--evaluate", "math:pi"], "which is no function"),
+        (["--target-ms", "1", "--evaluate", "broken_module:f"], "got broken_module:f (ZeroDivisionError: "),
+        (
+            ["--target-ms", "1", "--output", "nowhere/best.json"],
+            "--output: no file can be written at nowhere/best.json",
+        ),
+        (["--target-ms", "1", "--log", "nowhere/log.csv"], "--log: no file can be written at nowhere/log.csv"),
+        (["--target-ms", "1", "--table", "nowhere/t.json"], "--table: no file can be written at nowhere/t.json"),
+        (["--target-ms", "1", "--table", "."], "--table: no file can be written at ."),
         (["--target-ms", "1", "--workers", "-1"], "must be 0 or more"),
         ([], "--target-ms"),
     ],
 )
-def test_command_line_refuses(options, message, capsys):
+def test_command_line_refuses(options, message, capsys, monkeypatch, tmp_path):
+    (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(SystemExit):
         cli.main(["search", *options])
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ten_digits_need_ten_classes(capsys):
+    assert cli.main(["search", "--target-ms", "1", "--classes", "9"]) == 1
+    assert capsys.readouterr().err == "mobilenet_fast: search: the digits are 10 classes, --classes 9 is less\n"
 
 
 def test_digits_are_trained_on():

@@ -209,6 +209,15 @@ def test_a_model_with_replaced_layers_trains_narrower():
     assert model.training
 
 
+def test_an_error_that_says_nothing():
+    class Silent(nn.Module):
+        def forward(self, x):
+            raise LookupError
+
+    with pytest.raises(ValueError, match="the model can't be captured: LookupError"):
+        channel_groups(Silent(), torch.zeros(1, 3, SIDE, SIDE))
+
+
 def test_errors():
     model, x = network("mobilenet_v3_small"), torch.zeros(1, 3, SIDE, SIDE)
     group = groups_of("mobilenet_v3_small")[2]

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..accelerate.capture import Capture
 from ..accelerate.graph import Constant, Graph, Node
+from ..messages import first_line
 
 __all__ = ["KEEPS", "ChannelGroup", "channel_groups", "shrink", "with_widths"]
 
@@ -84,7 +85,7 @@ def channel_groups(model: nn.Module, example_input: Tensor | tuple) -> list[Chan
     try:
         graph = Capture(frozen, inputs, {}, None).lower(leaves, state, (dtype,))
     except Exception as error:  # what an export raises depends on the model
-        raise ValueError(f"channel_groups: the model can't be captured: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"channel_groups: the model can't be captured: {first_line(error)}") from error
     first_names: dict[int, str] = {}  # a tensor that modules share has several
     for name, tensor in state.items():
         first_names.setdefault(id(tensor), name)

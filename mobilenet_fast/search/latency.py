@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import numbers
 import os
 import platform
 import statistics
@@ -22,7 +23,7 @@ from .. import _C
 from ..accelerate import accelerate
 from ..messages import first_line
 from ..models.mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
-from ..nn import ConvNormAct, FusedSequential, InvertedResidual, SqueezeExcitation, StochasticDepth
+from ..nn import ConvNormAct, FusedSequential, InvertedResidual, SqueezeExcitation
 from ..nn.dispatch import ACTIVATION_LAYERS, activation_name
 from ..nn.fusion import Chained
 from ..progress import with_progress
@@ -181,13 +182,18 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+# Whether a block adds its input, as this package's and torchvision's, torchvision's MnasNet, and timm's have it.
+_SKIP_FLAGS = ("use_res_connect", "apply_residual", "has_skip")
+_DROPS = ("StochasticDepth", "DropPath")  # of this package and torchvision, and of timm; in evaluation their input
+
+
 def _adds_input(module: nn.Module) -> bool:
     if isinstance(module, Skip):
         return True
     if isinstance(module, Chained):
         links = module.links()
         return links is not None and links.adds_input
-    return bool(getattr(module, "use_res_connect", False))
+    return any(getattr(module, name, False) for name in _SKIP_FLAGS)
 
 
 def _is_squeeze(module: nn.Module) -> bool:
@@ -218,7 +224,7 @@ def _kind(module: nn.Module, name: str) -> str | None:
         return "linear"
     elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
         return "global_avg_pool"
-    elif isinstance(module, (nn.BatchNorm2d, nn.Dropout, nn.Identity, nn.Flatten, StochasticDepth)):
+    elif isinstance(module, (nn.BatchNorm2d, nn.Dropout, nn.Identity, nn.Flatten)) or type(module).__name__ in _DROPS:
         return None
     elif isinstance(module, nn.AvgPool2d) and name.split(".")[-1] == "skip":
         return None
@@ -350,8 +356,8 @@ class LatencyTable:
     machines that others use too, that changes by a quarter from hour to hour. ``python -m benchmarks latency`` holds
     predictions against networks (docs/search.md).
 
-    **Where it fails.** Networks whose weights all fit into L2 are faster than predicted, since there the parts' weights
-    stay. Networks must be chains (`parts_of`).
+    **Where it fails.** Accuracy was measured over one space, around MobileNetV3-Large. Other networks may be predicted
+    several percent high, MobileNetV3-Small by a fifth (docs/search.md). They must be chains (`parts_of`).
 
     Args:
         path: of the JSON file; it is read if it exists, and written after every sixteen parts. None keeps nothing.
@@ -366,7 +372,7 @@ class LatencyTable:
 
     Raises:
         ValueError: ``path`` is no table, or one of another device, instruction set, number of threads, batch, dtype or
-            version.
+            version; or ``device`` is another, or is not here.
     """
 
     def __init__(
@@ -387,7 +393,7 @@ class LatencyTable:
                 raise ValueError(f"LatencyTable: {name} must be a positive integer, got {value!r}")
         self.path = None if path is None else Path(path)
         self.size, self.batch, self.measures, self.progress = size, batch, measure, progress
-        device, threads = torch.device(device), threads or torch.get_num_threads()
+        device, threads = _known_device(device), threads or torch.get_num_threads()
         self.conditions = Conditions.here(device, threads, batch, dtype)
         self.times: dict[Part, float] = {}
         """Milliseconds."""
@@ -425,12 +431,17 @@ class LatencyTable:
 
         Returns:
             `speed`.
+
+        Raises:
+            ValueError: ``measured_ms`` is no positive number.
+            KeyError: as `predict`.
         """
         network = mobilenet_v3_large().eval()
         if measured_ms is None:
             measured_ms = self._networks.network(network, (self.batch, 3, self.size, self.size))
-        self.speed = None
-        self.speed = measured_ms / self.predict(network)
+        if not isinstance(measured_ms, numbers.Real) or not 0 < measured_ms < math.inf:
+            raise ValueError(f"LatencyTable: calibrate takes a positive number of ms, got {measured_ms!r}")
+        self.speed = measured_ms * (self.speed or 1.0) / self.predict(network)
         self._write()
         return self.speed
 
@@ -469,15 +480,36 @@ class LatencyTable:
         try:
             content = json.loads(self.path.read_text())
             there = Conditions(**content["conditions"])
-            times = {Part(**{k: v for k, v in row.items() if k != "ms"}): float(row["ms"]) for row in content["parts"]}
-            speed = None if content["speed"] is None else float(content["speed"])
-        except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            times = {}
+            for row in content["parts"]:
+                part = Part(**{k: v for k, v in row.items() if k != "ms"})
+                times[part] = _number("ms", row["ms"], may_be_zero=part.kind == "call")
+            speed = None if content["speed"] is None else _number("speed", content["speed"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # others' JSON can be of any shape
             raise ValueError(f"LatencyTable: {self.path} is no table of latencies ({first_line(error)})") from None
         for name, value in asdict(there).items():
             here = getattr(self.conditions, name)
             if value != here:
                 raise ValueError(f"LatencyTable: {self.path} was measured with {name} {value}, here it is {here}")
         self.times, self.speed = times, speed
+
+
+def _known_device(device: str | torch.device) -> torch.device:
+    try:
+        known = torch.device(device)
+    except RuntimeError:  # which lists all kinds that there are anywhere
+        known = None
+    if known is None or known.type not in ("cpu", "cuda"):
+        raise ValueError(f'LatencyTable: device must be "cpu" or "cuda", got {str(device)!r}')
+    if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"LatencyTable: device {device} needs a GPU, torch sees {torch.cuda.device_count() or 'none'}")
+    return known
+
+
+def _number(name: str, value: object, may_be_zero: bool = False) -> float:
+    if not isinstance(value, (int, float)) or not (0 < value < math.inf or (may_be_zero and value == 0)):
+        raise ValueError(f"{name} must be a positive number, it is {value!r}")
+    return float(value)
 
 
 _TOGETHER = 16

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import ctypes
+import hashlib
 import math
 import numbers
 import os
@@ -17,10 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..accelerate import accelerate
+from ..messages import first_line
 from ..models.rounding import make_divisible
+from ..progress import with_progress
 from .blocks import KEEPS, ChannelGroup, channel_groups, shrink, with_widths
+from .facts import note_facts, other_facts
 
 __all__ = ["RULES", "MeasuredLatency", "NetAdapted", "latencies_in_turn", "netadapt"]
 
@@ -89,7 +95,8 @@ def netadapt(
     seed: int = 0,
     log: str | os.PathLike | None = None,
     checkpoint: str | os.PathLike | None = None,
-    progress: Callable[..., Iterable] = map,
+    note: dict[str, Any] | None = None,
+    progress: Callable[..., Iterable] = with_progress,
 ) -> NetAdapted:
     """Makes a trained network narrower, block by block, until its latency is ``target_latency_ms``.
 
@@ -124,12 +131,16 @@ def netadapt(
         log: a CSV file with a line for each proposal, written anew after each.
         checkpoint: a file, written after each proposal; the same call goes on from it, to the same result, for it has
             the latencies too.
-        progress: takes the place of ``map`` over the proposals of a step, for example to draw a bar.
+        note: what ``finetune``, ``evaluate`` and ``latency`` depend on, such as data and rates, as numbers and strings
+            by name: a checkpoint with another note is refused.
+        progress: takes the place of ``map`` over the proposals of a step: a bar on a terminal's stderr, unless it is
+            ``map`` itself.
 
     Raises:
         TypeError, ValueError: an option is none of the above, the model has no group to make narrower, the target is
             no less than the model's latency, or less than that of the model with all groups at their least width, or
-            the checkpoint is of other options or of another model.
+            the checkpoint is of another note, other options, another model, other weights or another
+            ``example_input``.
         RuntimeError: latencies as measured do not go down any more.
 
     Searching for MobileNetV3 (Howard et al., 2019, arXiv:1905.02244), section 4.2; NetAdapt (Yang et al., 2018,
@@ -160,6 +171,7 @@ def netadapt(
     if not any(_narrower(group.width(model), divisor) for group in groups):
         raise ValueError(f"netadapt: the model has no block to make narrower by multiples of {divisor} channels")
     recipe = {
+        **note_facts("netadapt", note),
         "target_latency_ms": target_latency_ms,
         "delta": delta,
         "steps": steps,
@@ -169,6 +181,9 @@ def netadapt(
         "divisor": divisor,
         "seed": seed,
         "groups": {group.name: group.width(model) for group in groups},
+        "example_input": [f"{tuple(x.shape)} {x.dtype} {x.device.type}" for x in pytree.tree_leaves(example_input)],
+        "shapes": {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        "weights": _digest(model),
     }
     run = _Run(model, groups, recipe, evaluate, finetune, log, checkpoint)
     run.latency = latency or MeasuredLatency(model, example_input, run.state["first_latency_ms"])
@@ -258,10 +273,11 @@ class _Run:
         self.evaluate, self.finetune = evaluate, finetune
         self.log, self.file = log and Path(log), checkpoint and Path(checkpoint)
         self.latency: Callable[[nn.Module], float]
-        self.state: dict[str, Any] = self.load() or {
+        self.state: dict[str, Any] = {
             "recipe": recipe,
             "latencies": {},  # in ms, by widths
             "first_latency_ms": None,
+            "least_latency_ms": None,
             "first_accuracy": None,
             "required_ms": None,
             "widths": dict(recipe["groups"]),
@@ -271,19 +287,22 @@ class _Run:
             "best": None,  # of this step: the place of its row, and its weights
             "accuracy": None,  # after the last fine-tuning
         }
+        if self.file is not None and self.file.exists():
+            self.load()
 
-    def load(self) -> dict[str, Any] | None:
-        if self.file is None or not self.file.exists():
-            return None
+    def load(self) -> None:
         try:
             state = torch.load(self.file, weights_only=True, map_location="cpu")
-            made = state["recipe"]
+            made = dict(state["recipe"])
+            state = {key: state[key] for key in self.state}
+        except KeyError as error:
+            raise ValueError(f"netadapt: {self.file} is no checkpoint: it has no {error}") from None
         except Exception as error:  # what torch.load raises for a file that is none of its own depends on its bytes
-            raise ValueError(f"netadapt: {self.file} is no checkpoint: {str(error).splitlines()[0]}") from None
-        others = [key for key, value in self.recipe.items() if made.get(key) != value]
+            raise ValueError(f"netadapt: {self.file} is no checkpoint: {first_line(error)}") from None
+        others = other_facts(made, self.recipe)
         if others:
             raise ValueError(f"netadapt: {self.file} was made with another {', '.join(others)}")
-        return state
+        self.state = state
 
     def save(self) -> None:
         if self.log:
@@ -302,7 +321,9 @@ class _Run:
     def built(self, widths: dict[str, int], weights: dict[str, Tensor] | None) -> nn.Module:
         model = with_widths(self.first, self.groups, widths)
         if weights is not None:
-            model.load_state_dict(weights)
+            state = model.state_dict()  # with the versions of its layers' formats, by which some load their tensors
+            state.update(weights)
+            model.load_state_dict(state)
         return model
 
     def latency_of(self, model: nn.Module, widths: dict[str, int], again: bool = False) -> float:
@@ -334,7 +355,7 @@ class _Run:
                 f"netadapt: target_latency_ms={target:g} can't be reached: {least_ms:.4g} ms is the least, with all "
                 f"blocks at their least width"
             )
-        state["first_latency_ms"] = first_ms
+        state["first_latency_ms"], state["least_latency_ms"] = first_ms, least_ms
         state["required_ms"] = self.recipe["delta"] * first_ms
         state["first_accuracy"] = self.accuracy_of(copy.deepcopy(self.first))
         self.save()
@@ -374,6 +395,12 @@ class _Run:
         way = [row for row in state["proposals"] if row["chosen"]]
         accuracy = way[-1]["accuracy"] if way else state["first_accuracy"]
 
+        def score(row: dict[str, Any]) -> float:
+            if self.recipe["rule"] == "least loss":
+                return row["accuracy"]
+            less_ms = current_ms - row["latency_ms"]
+            return (row["accuracy"] - accuracy) / less_ms if less_ms > 0 else -math.inf
+
         def propose(place: int) -> None:
             group = self.groups[place]
             narrowed = self.narrowed(model, group, current_ms)
@@ -394,9 +421,7 @@ class _Run:
                     "score": 0.0,
                     "chosen": False,
                 }
-                row["score"] = row["accuracy"]
-                if self.recipe["rule"] == "ratio":
-                    row["score"] = (row["accuracy"] - accuracy) / (current_ms - row["latency_ms"])
+                row["score"] = score(row)
                 best = state["best"]
                 if best is None or row["score"] > state["proposals"][best["row"]]["score"]:
                     state["best"] = {"row": len(state["proposals"]), "weights": _weights(candidate)}
@@ -411,14 +436,17 @@ class _Run:
             state["required_ms"] /= 2
             asked = self.recipe["delta"] * state["first_latency_ms"]
             if state["required_ms"] < asked / 2**_HALVINGS:
-                raise RuntimeError(f"netadapt: no proposal is faster than {current_ms:.4g} ms any more")
+                raise RuntimeError(
+                    f"netadapt: no proposal is faster than {current_ms:.4g} ms any more; the least reachable latency, "
+                    f"measured with all blocks at their least width, is {state['least_latency_ms']:.4g} ms"
+                )
             return model
         row = state["proposals"][best["row"]]
         state["widths"][row["layer"]], state["weights"] = row["channels"], best["weights"]
         chosen = self.built(state["widths"], state["weights"])
         # Anew: of many latencies the choice prefers one that was measured too low.
         row["latency_ms"] = self.latency_of(chosen, state["widths"], again=True)
-        row["chosen"] = True
+        row["score"], row["chosen"] = score(row), True
         self.save()
         return chosen
 
@@ -456,6 +484,15 @@ def _narrower(width: int, divisor: int) -> list[int]:
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _digest(model: nn.Module) -> str:
+    """Of the bytes of a model's state, in whatever memory format."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        there = tensor.detach().cpu().contiguous()
+        digest.update(ctypes.string_at(there.data_ptr(), there.nbytes))
+    return digest.hexdigest()
 
 
 def _check(model: Any, finetune: Any, evaluate: Any, latency: Any) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import multiprocessing.connection
+import numbers
 import os
+import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..messages import no_such
+from ..messages import first_line, no_such
 from ..progress import with_progress
 from .controller import METHODS
+from .facts import note_facts, other_facts
 from .latency import LatencyTable
 from .reward import reward
 from .space import Architecture, Choices, SearchSpace
@@ -68,6 +75,7 @@ def platform_aware_search(
     workers: int = 0,
     at_once: int = 4,
     log: str | os.PathLike | None = None,
+    note: dict[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> SearchResult:
@@ -76,8 +84,9 @@ def platform_aware_search(
     The log is the checkpoint. A search depends on its seed and on the results of its trials alone, so that the same
     call with a log of earlier trials makes the same proposals again, takes their results from there, in no time, and
     goes on where the log ends: nothing is lost but trials that were under way, and the result is that of a search
-    without the interruption. Before each evaluation torch's generator is seeded by the search's seed and the trial's
-    number.
+    without the interruption. What the search is lies beside the log, in a file of its name and ".json"; ``trials``,
+    ``workers`` and ``progress`` are none of it, nor is a table's `calibrate`: trials keep the latency logged. Before
+    each evaluation torch's generator is seeded by the search's seed and the trial's number.
 
     Args:
         space: what to choose from.
@@ -92,39 +101,62 @@ def platform_aware_search(
         workers: processes that evaluate, on an equal share of torch's threads each; 0 evaluates in this one.
         at_once: networks that are proposed before the result of any is known, whatever number of workers.
         log: of a CSV file that gets a line when a trial ends; None keeps none.
+        note: what ``evaluate``, and a ``latency`` that is no table, depend on, such as data and steps, as numbers and
+            strings by name: a log with another note is refused.
         seed: of all that is drawn.
         progress: a bar on stderr.
 
     Raises:
+        TypeError: ``space`` is none, ``evaluate`` or ``latency`` can't be called, or ``note`` is nothing for JSON.
         ValueError: an argument is out of range, no network of the space is as fast as ``target_ms``, ``evaluate`` gives
             no number of 0 or more, or ``log`` is of another search.
     """
+    if not isinstance(space, SearchSpace):
+        raise TypeError(f"platform_aware_search: space must be a SearchSpace, got {type(space).__name__}")
+    predict = latency.predict if isinstance(latency, LatencyTable) else latency
+    for name, function in (("evaluate", evaluate), ("latency", predict)):
+        if not callable(function):
+            raise TypeError(f"platform_aware_search: {name} must be callable, got {type(function).__name__}")
+    for name, value in (("target_ms", target_ms), ("reward_exponent", reward_exponent)):
+        if not isinstance(value, numbers.Real):
+            raise ValueError(f"platform_aware_search: {name} must be a number, got {value!r}")
     for name, value, least in (("trials", trials, 1), ("workers", workers, 0), ("at_once", at_once, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"platform_aware_search: {name} must be an integer of at least {least}, got {value!r}")
     if method not in METHODS:
         raise ValueError(f"platform_aware_search: {no_such('method', method, METHODS)}")
     reward(1.0, 1.0, target_ms, reward_exponent)  # raises what is out of range
-    predict = latency.predict if isinstance(latency, LatencyTable) else latency
+    facts = {
+        **note_facts("platform_aware_search", note),
+        **{f"space.{name}": value for name, value in asdict(space).items()},
+        "target_ms": float(target_ms),
+        "reward_exponent": float(reward_exponent),
+        "method": method,
+        "seed": seed,
+        "at_once": at_once,
+    }
+    if isinstance(latency, LatencyTable):
+        facts |= {f"latency.{name}": value for name, value in asdict(latency.conditions).items()}
+        facts["latency.size"] = latency.size
     least = least_latency(space, predict, target_ms)
     if least > target_ms:
         raise ValueError(
             f"platform_aware_search: no network of {space.name} takes {target_ms:g} ms; "
             f"the least found is {least:.3g} ms"
         )
-    book = _Log(None if log is None else Path(log))
+    book = _Log(None if log is None else Path(log), facts)
     proposer = METHODS[method](space, seed)
     done: list[Trial] = []
     known: dict[Choices, float] = {}
 
     def batch(start: int) -> None:
-        proposed = proposer.propose(min(at_once, trials - start))
+        proposed = proposer.propose(at_once)[: trials - start]  # all, so that more trials would go on from the same
         todo: dict[int, Choices] = {}
         accuracies: dict[int, float] = {}
         for number, choices in enumerate(proposed, start):
             if number in book.rows:
-                logged, accuracies[number], _ = book.rows[number]
-                if logged != choices:
+                *logged, accuracies[number], _ = book.rows[number]
+                if logged != [choices, str(space.architecture(choices))]:
                     raise ValueError(
                         f"platform_aware_search: {log} is the log of another search, from trial {number} on"
                     )
@@ -136,7 +168,7 @@ def platform_aware_search(
         def trial(number: int) -> Trial:
             choices = proposed[number - start]
             architecture = space.architecture(choices)
-            ms = book.rows[number][2] if number in book.rows else predict(architecture)
+            ms = book.rows[number][-1] if number in book.rows else predict(architecture)
             value = reward(accuracies[number], ms, target_ms, reward_exponent)
             return Trial(number, choices, architecture, accuracies[number], ms, value)
 
@@ -189,30 +221,56 @@ def _checked(accuracy: float) -> float:
 
 
 class _Log:
-    """Trials by number in a CSV file, each line written at once; a line that was cut off is dropped."""
+    """Trials by number in a CSV file, each line written at once, where a line that was cut off is dropped; and what the
+    search is, in a JSON file beside it."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
         self.path = path
-        self.rows: dict[int, tuple[Choices, float, float]] = {}
+        self.rows: dict[int, tuple[Choices, str, float, float]] = {}
         if path is None:
             return
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        lines = list(csv.reader(whole.splitlines()))
-        if lines and tuple(lines[0]) != COLUMNS:
-            raise ValueError(f"platform_aware_search: {path} is no log of a search")
+        header = ",".join(COLUMNS) + "\n"
         try:
-            for number, accuracy, ms, _, choices, _ in lines[1:]:
-                self.rows[int(number)] = tuple(map(int, choices.split())), float(accuracy), float(ms)
+            text = path.read_text() if path.exists() else ""
+            whole = text[: text.rfind("\n") + 1]
+            if not (whole.startswith(header) if whole else header.startswith(text)):
+                raise ValueError(f"its first line is not {header.strip()}")
+            for number, accuracy, ms, _, choices, network in csv.reader(whole.splitlines()[1:]):
+                self.rows[int(number)] = tuple(map(int, choices.split())), network, float(accuracy), float(ms)
         except ValueError as error:
             raise ValueError(f"platform_aware_search: {path} is no log of a search ({error})") from None
-        if whole != text or not lines:
-            path.write_text(whole or ",".join(COLUMNS) + "\n")
+        beside = path.with_name(path.name + ".json")
+        there = self.facts(beside) if self.rows or beside.exists() else {}
+        if self.rows:
+            self.compare(there, json.loads(json.dumps(facts)))
+        else:
+            beside.write_text(json.dumps(facts, indent=1) + "\n")
+        if whole != text or not whole:
+            path.write_text(whole or header)
+
+    def facts(self, beside: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(beside.read_text())
+            if not isinstance(found, dict) or "at_once" not in found:
+                raise ValueError("it is none of a search's")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"platform_aware_search: {beside} does not say which search {self.path} is of ({first_line(error)})"
+            ) from None
+        return found
+
+    def compare(self, there: dict[str, Any], here: dict[str, Any]) -> None:
+        def said(facts: dict[str, Any], name: str) -> str:
+            return textwrap.shorten(json.dumps(facts[name]), 60, placeholder=" …") if name in facts else "not given"
+
+        others = [f"{name} {said(there, name)}, here {said(here, name)}" for name in other_facts(there, here)]
+        if others:
+            raise ValueError(f"platform_aware_search: {self.path} is the log of another search: {'; '.join(others)}")
 
     def write(self, trial: Trial) -> None:
         if self.path is None or trial.number in self.rows:
             return
-        self.rows[trial.number] = trial.choices, trial.accuracy, trial.latency_ms
+        self.rows[trial.number] = trial.choices, str(trial.architecture), trial.accuracy, trial.latency_ms
         values = trial.number, trial.accuracy, trial.latency_ms, trial.reward
         with self.path.open("a", newline="") as opened:
             choices = " ".join(map(str, trial.choices))
@@ -227,7 +285,7 @@ class _runner:
         if workers:
             threads = max(1, torch.get_num_threads() // workers)
             context = torch.multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,))
+            self.pool = ProcessPoolExecutor(workers, context, _start_worker, (threads,))
 
     def __enter__(self) -> Callable[[dict[int, Architecture]], Iterator[tuple[int, float]]]:
         return self.run
@@ -245,6 +303,17 @@ class _runner:
         futures = {self.pool.submit(_evaluate, *job): number for number, job in jobs.items()}
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A search that is killed can't end its workers."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _evaluate(evaluate: Callable[[nn.Module], float], architecture: Architecture, seed: int) -> float:

@@ -20,7 +20,7 @@ def reward(accuracy: float, latency: float, target: float, w: float = -0.07) -> 
         w: the exponent, 0 or less; 0 leaves latency out.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the reward is too large for a float.
     """
     for name, value in (("latency", latency), ("target", target)):
         if not 0 < value < math.inf:
@@ -29,4 +29,11 @@ def reward(accuracy: float, latency: float, target: float, w: float = -0.07) -> 
         raise ValueError(f"reward: accuracy must be 0 or more, got {accuracy}")
     if not -math.inf < w <= 0:
         raise ValueError(f"reward: w must be 0 or less, got {w}")
-    return accuracy * (latency / target) ** w
+    exponent = w * (math.log(latency) - math.log(target))  # the ratio itself may be 0 or infinite
+    try:
+        value = accuracy * math.exp(exponent)
+    except OverflowError:
+        value = math.inf
+    if value == math.inf:
+        raise ValueError(f"reward: {accuracy} * ({latency} / {target}) ** {w} is too large")
+    return value
