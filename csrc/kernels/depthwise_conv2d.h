@@ -31,6 +31,7 @@ struct DepthwiseTile {
   // Input rows inside the image that serve the first output row alone, both, and the second alone.
   int row_count[3];
   int64_t column;  // input column of the first tap of the first output
+  const T* ahead;  // what the tile below reads and this one doesn't, or null
   T* y;
   T* sums;  // or null
 };
@@ -78,6 +79,13 @@ template <class T, int kKernel, int kStride, int kRows, int kColumns, bool kBord
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
     for (int o = 0; o < kColumns; ++o) acc[r][o] = bias;
+  }
+  if (tile.ahead != nullptr) {
+    for (int r = 0; r < kRows * kStride; ++r) {
+      const T* row = tile.ahead + r * d.x_row_stride + channel;
+#pragma GCC unroll 16
+      for (int i = 0; i < kColumns * kStride; ++i) __builtin_prefetch(row + i * d.x_pixel_stride, 0, 2);
+    }
   }
   const T* x = tile.x + channel;
   const T* w = packed + V::kLanes + tile.weight;
@@ -171,6 +179,9 @@ void depthwise_row_of_tiles(const DepthwiseArgs<T>& d, int64_t oy) {
     tile.column = ox * kStride - d.pad_left;
     const bool border = tile.column < 0 || tile.column + (columns - 1) * kStride + kKernel > d.width;
     tile.x = d.x + (top + low) * d.x_row_stride + tile.column * d.x_pixel_stride;
+    if (d.fetches) {
+      tile.ahead = d.x + (top + kShared + kKernel) * d.x_row_stride + ox * kStride * d.x_pixel_stride;
+    }
     tile.y = d.y + oy * d.y_row_stride + ox * d.y_pixel_stride;
     select_depthwise_tile<T, kKernel, kStride, kRows>(columns, border)(d, tile);
   }

@@ -43,7 +43,8 @@ struct GemmArgs {
 // Output rows [row_begin, row_end) of one image and one range of channels. `weight` holds the bias and then the taps of
 // the first `lanes` channels, then those of the next, zero-padded to whole vectors: read once from far, it is one
 // stream. Where `sums` is given, the outputs of each row from row_begin on are added up per channel into its rows,
-// `sums_stride` elements apart, which hold zeros before.
+// `sums_stride` elements apart, which hold zeros before. With `fetches`, inputs are fetched from memory a row of tiles
+// before they are read; below an image's last row lies the next image.
 template <class T>
 struct DepthwiseArgs {
   const T* x;
@@ -56,6 +57,7 @@ struct DepthwiseArgs {
   T* sums;
   int64_t sums_stride;
   Activation activation;
+  bool fetches;
 };
 
 // The tiles [tile_begin, tile_end) of one image, in rows of `tiles_across`, in Winograd's transformed space: 36 planes,

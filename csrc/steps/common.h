@@ -161,6 +161,10 @@ std::unique_ptr<Step> make_winograd(Isa isa, ImageShape x_shape, ImageShape y_sh
                                     int residual);
 // The L2 cache of this CPU, or a cautious guess where the system does not tell.
 int64_t l2_cache_bytes();
+template <class T>
+bool exceeds_l2(ImageShape image) {
+  return image.n * image.pixels() * image.c * static_cast<int64_t>(sizeof(T)) > l2_cache_bytes();
+}
 // y = project(depthwise(expand(x))) + residual, or without `expand` or `project` where that is undefined; `sums` as for
 // make_depthwise_conv2d, without `project`.
 struct InvertedResidualSpec {

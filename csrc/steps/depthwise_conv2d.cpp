@@ -41,6 +41,7 @@ class DepthwiseConv2d final : public Step {
     args.y_row_stride = y_shape_.w * y_pixel;
     args.out_width = y_shape_.w;
     args.channels = std::min(vector_range.end * lanes, channels) - channel;
+    args.fetches = exceeds_l2<T>(x_shape_);
     args.kernel_h = window_.kernel_h;
     args.kernel_w = window_.kernel_w;
     args.stride_h = window_.stride_h;

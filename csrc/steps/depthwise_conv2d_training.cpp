@@ -80,6 +80,7 @@ class DepthwiseForward final : public Step {
     args.out_width = ys.w;
     args.channels = slice;
     args.activation = Activation::kNone;
+    args.fetches = !read_.folded.has_value() && exceeds_l2<T>(xs);
     set_window(args, bands_.window);
     kernels_.depthwise_conv2d(args);
     const T* out = y + rows.begin * args.y_row_stride;
