@@ -18,6 +18,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import PicklingError
 
 import torch
 from torch import Tensor
@@ -331,6 +332,11 @@ def search(options) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         complain("--device cuda needs a GPU, torch sees none")
         return 1
+    beside_log = options.log and options.log.with_name(options.log.name + ".json")
+    written = [path.resolve() for path in (options.table, options.log, beside_log, options.output) if path]
+    if len({*written}) < len(written):
+        complain("search: --table, --log (with its .json) and --output must be files of their own")
+        return 1
     note = {"size": options.size}
     if options.evaluate:
         note["evaluate"], evaluate = options.evaluate
@@ -366,7 +372,7 @@ def search(options) -> int:
             note=note,
             seed=options.seed,
         )
-    except (ImportError, NotImplementedError, OSError, ValueError) as error:
+    except (ImportError, NotImplementedError, OSError, RuntimeError, ValueError, PicklingError) as error:
         complain(first_line(error))
         return 1
     print(f"{'trial':>5}  {'accuracy':>8}  {'ms':>7}  {'reward':>7}  network")

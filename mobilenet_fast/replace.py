@@ -246,6 +246,9 @@ class Block(Chained):
     def plain_forward(self, input):
         return super(Chained, self).forward(input)
 
+    def forward(self, input=None, *, x=None):  # stock blocks have either name
+        return super().forward(input if x is None else x)
+
 
 _SHORTCUT = "_shortcut"
 

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import import_timm, import_torchvision
@@ -35,6 +36,10 @@ def test_calibration_makes_predictions_what_a_network_takes(tmp_path):
     again = LatencyTable(path, size=32, measure=False, timer=Clock())
     assert again.predict(other) == table.predict(other)
     assert table.calibrate(before) == pytest.approx(1)  # whatever it was before
+    assert table.calibrate(np.float32(2 * before)) == pytest.approx(2)
+    with pytest.raises(ValueError, match=r"calibrate takes a time that is possible, got 1e\+308 ms"):
+        table.calibrate(1e308)
+    assert table.speed == LatencyTable(path, size=32, measure=False, timer=Clock()).speed == pytest.approx(2)
 
 
 @pytest.mark.parametrize("ms", [0, -1.0, float("nan"), float("inf"), "1"])

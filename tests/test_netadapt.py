@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import import_torchvision
@@ -377,6 +379,33 @@ def test_the_least_latency_is_that_of_all_blocks_at_their_least_width():
     assert adapt(target_latency_ms=least, steps=0).widths == {group.name: 8 for group in groups}
 
 
+def in_place(model):
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = not module.inplace
+    return model
+
+
+class HasOwnState(nn.Identity):
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"calls": 3}
+
+
+def test_numbers_of_other_kinds_and_state_that_is_no_tensor(tmp_path):
+    model = nn.Sequential(HasOwnState(), network())
+    options = {"model": model, "target_latency_ms": Fraction(2), "delta": np.float32(0.08)}
+    options |= {
+        "evaluate": lambda model: evaluate(model[1]),
+        "finetune": lambda model, steps: finetune(model[1], steps),
+    }
+    options |= {"latency": lambda model: latency(model[1]), "checkpoint": tmp_path / "run.pt"}
+    first, again = adapt(**options), adapt(**options)
+    assert (first.widths, first.proposals) == (again.widths, again.proposals)
+
+
 def test_a_checkpoint_of_another_run(tmp_path):
     file = tmp_path / "run.pt"
     file.write_text("nothing")
@@ -388,8 +417,9 @@ def test_a_checkpoint_of_another_run(tmp_path):
     with pytest.raises(ValueError, match=r"netadapt: .*run\.pt was made with another delta, seed"):
         adapt(checkpoint=file, delta=0.1, seed=3)
     others = {
-        "shapes, weights": {"model": nn.Sequential(*network()[:-1], nn.Linear(32, 7))},
+        "shapes, weights, modules": {"model": nn.Sequential(*network()[:-1], nn.Linear(32, 7))},
         "weights": {"model": network(seed=1)},
+        "modules": {"model": in_place(network())},
         "example_input": {"example_input": torch.zeros(1, 3, 32, 32)},
         r"rate \(note\)": {"note": {"rate": 0.1}},
     }

@@ -304,6 +304,9 @@ def test_an_unreachable_target():
     [
         ({"trials": 0}, "trials must be an integer of at least 1"),
         ({"workers": -1}, "workers must be"),
+        ({"seed": -1}, r"seed must be an integer from 0 to 2\^63 - 1, got -1"),
+        ({"seed": 2**70}, "seed must be an integer"),
+        ({"seed": 1.5}, "seed must be an integer"),
         ({"at_once": 0}, "at_once must be"),
         ({"method": "evolutoin"}, "there is no method 'evolutoin'; did you mean evolution"),
         ({"target_ms": "30"}, "target_ms must be a number, got '30'"),
@@ -399,6 +402,15 @@ def test_command_line_refuses(options, message, capsys, monkeypatch, tmp_path):
 def test_ten_digits_need_ten_classes(capsys):
     assert cli.main(["search", "--target-ms", "1", "--classes", "9"]) == 1
     assert capsys.readouterr().err == "mobilenet_fast: search: the digits are 10 classes, --classes 9 is less\n"
+
+
+@pytest.mark.parametrize("options", (["--log", "a.csv", "--output", "a.csv.json"], ["--output", "latency.json"]))
+def test_files_of_their_own(options, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["search", "--target-ms", "1", *options]) == 1
+    message = "mobilenet_fast: search: --table, --log (with its .json) and --output must be files of their own\n"
+    assert capsys.readouterr().err == message
+    assert not any(tmp_path.iterdir())
 
 
 def test_digits_are_trained_on():

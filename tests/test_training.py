@@ -7,7 +7,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ACTIVATIONS, case_id, pairwise
+from helpers import ACTIVATIONS, case_id, import_torchvision, pairwise
 from tolerance import assert_close
 from torch import nn
 
@@ -148,6 +148,24 @@ def test_work_that_is_cut(shape, dtype, on_isa, monkeypatch):
         check(module, image(n, 8, height, width, dtype), monkeypatch, blocks=1)
 
 
+def test_infinities_reach_what_they_meet(on_isa):
+    """And no other tap or input, as at a border, where a gradient of zero would spread them."""
+    for kernel, stride in ((3, 1), (5, 1), (5, 2), (4, 1)):
+        x, weight = image(1, 16, 9, 9), torch.randn(16, 1, kernel, kernel)
+        x[0, 3, 4, 0] = weight[2, 0, 0, 0] = float("inf")
+        geometry = (stride, stride), (kernel // 2,) * 2, (1, 1)
+        grad = torch.ones_like(F.conv2d(x, weight, None, *geometry, 16))
+        expected = torch.ops.aten.convolution_backward(
+            grad.double(), x.double(), weight.double(), None, *geometry, False, [0, 0], 16, [True, True, False]
+        )
+        at_y = grad, None, None, "none", None, None, None
+        found = torch.ops.mobilenet_fast.depthwise_conv2d_gradients(
+            *at_y, x, None, "none", None, weight, *geometry, True, True
+        )
+        for i in range(2):
+            assert torch.equal(found[i].isfinite(), expected[i].isfinite())
+
+
 DEPTHWISE = pairwise(
     lambda kernel, padding, dilation, size, **case: all(n + 2 * padding > dilation * (kernel - 1) for n in size),
     kernel=(3, 5, 7, 4),
@@ -192,6 +210,64 @@ def check_depthwise_gradients(n, kernel, stride, dilation, padding, channels, si
         for i in range(2):
             if wanted[i]:
                 assert_close(found[i], expected[i], terms[i], scale[i])
+
+
+def test_an_activation_in_place_on_what_others_read():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            filters = nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False)
+            self.body = nn.Sequential(nn.ReLU(inplace=True), filters, nn.BatchNorm2d(8))
+
+        def forward(self, x):
+            return x + self.body(x)
+
+    stock = nn.Sequential(nn.Conv2d(8, 8, 1), Residual())
+    ours = mobilenet_fast.replace_layers(copy.deepcopy(stock))
+    x = image()
+    torch.testing.assert_close(ours(x), stock(x))
+    (reason,) = [row.reason for row in mobilenet_fast.training_report(ours) if row.modules == ("1.body.0",)]
+    assert reason == "it writes to its input, and there is no convolution or norm before it"
+
+
+@pytest.mark.parametrize("shape", ((4, 1, 28, 28), (4, 3, 1, 1)), ids=str)
+def test_contiguous_images_that_channels_last_fits_too(shape):
+    channels = shape[1]
+    layers = nn.Conv2d(channels, 16, 3, 1, 2, bias=False), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1, bias=False)
+    stock = nn.Sequential(*layers, nn.BatchNorm2d(16)).train()
+    x = torch.randn(shape)
+    expected = stock(x)
+    assert mobilenet_fast.replace_layers(stock)(x).stride() == expected.stride()
+
+
+def test_hooks_on_saved_tensors_may_change_their_layout():
+    module, x = inverted_residual(), image().requires_grad_()
+    module(x).sum().backward()
+    expected, x.grad = x.grad, None
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+    ):
+        y = module(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_own_activations_are_named():
+    class Own(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(1.7 * x)
+
+    layers = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), Own(), nn.Conv2d(8, 8, 1, bias=False), nn.Mish()
+    model = mobilenet_fast.replace_layers(nn.Sequential(*layers))
+    reasons = {row.modules: row.reason for row in mobilenet_fast.training_report(model)}
+    assert reasons["2",] == "Own is not known" and reasons["4",] == "Mish is not known"
+
+
+def test_blocks_take_stock_names():
+    block = import_torchvision().models.mobilenet_v2().features[1].eval()
+    x = image(1, 32, 7, 7)
+    expected = block(x=x)
+    torch.testing.assert_close(mobilenet_fast.replace_layers(block)(x=x), expected)
 
 
 @pytest.mark.parametrize("norm", ({"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}))

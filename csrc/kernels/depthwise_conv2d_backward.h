@@ -26,7 +26,6 @@ template <class T, int kKernel, int kStride, int kPhase, int kInputs, bool kBord
 [[gnu::always_inline]] inline void grad_vector(const DepthwiseGradArgs<T>& d, const GradRow<T>& row, int64_t column,
                                                int64_t channel, int n) {
   using V = Vec<T>;
-  alignas(64) static constexpr T kZeros[V::kLanes] = {};
   constexpr int kFirst = -((kKernel - 1 - kPhase) / kStride), kLast = (kPhase + kInputs - 1) / kStride;
   const T* input = row.x + column * d.x_pixel_stride + channel;
   typename V::Reg x[kInputs], x_grad[kInputs];
@@ -58,8 +57,9 @@ template <class T, int kKernel, int kStride, int kPhase, int kInputs, bool kBord
     const T* at = grads;
 #pragma GCC unroll 16
     for (int o = kFirst; o <= kLast; ++o, at += d.grad_pixel_stride) {
-      const bool is_output = !kBorder || static_cast<uint64_t>(output + o) < static_cast<uint64_t>(d.out_width);
-      const auto grad = load<T, kTail>(is_output ? at : kZeros, n);
+      // Skipped, for a zero in its place would make NaN of infinite weights and inputs.
+      if (kBorder && static_cast<uint64_t>(output + o) >= static_cast<uint64_t>(d.out_width)) continue;
+      const auto grad = load<T, kTail>(at, n);
 #pragma GCC unroll 16
       for (int k = 0; k < kKernel; ++k) {
         const int t = o * kStride + k - kPhase;

@@ -128,7 +128,7 @@ at::Tensor batch_norm_act(const at::Tensor& input, const at::Tensor& running_mea
   const at::Tensor folded = fold_batch_norm(running_mean, running_var, weight, bias, eps, chosen);
   const at::MemoryFormat format = input.is_contiguous() ? at::MemoryFormat::Contiguous : input.suggest_memory_format();
   const at::Tensor x = input.contiguous(format);
-  at::Tensor y = at::empty(input.sizes(), input.options().requires_grad(false), format);
+  at::Tensor y = empty_image(input.sizes(), input.options(), format);
   const ImageShape shape{input.size(0), input.size(2), input.size(3), c};
   const std::vector<Buffer> buffers = {buffer_of(x), buffer_of(y)};
   if (format == at::MemoryFormat::ChannelsLast) {

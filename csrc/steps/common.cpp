@@ -78,7 +78,7 @@ at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& w
 
 Output::Output(const at::Tensor& result) : result_(result) {
   const bool same = result_.is_contiguous(at::MemoryFormat::ChannelsLast);
-  dense_ = same ? result_ : at::empty(result_.sizes(), result_.options(), at::MemoryFormat::ChannelsLast);
+  dense_ = same ? result_ : empty_channels_last(result_.sizes(), result_);
 }
 
 at::Tensor Output::finish() {

@@ -24,6 +24,18 @@ void check_vector(const char* operation, const char* name, const OptionalTensor&
                   int64_t size);
 std::string shape_string(at::IntArrayRef sizes);
 
+// An image, not initialised. Large ones lie in memory that is kept when they are dropped, since the next call and the
+// next step of a training make the same ones anew, and pages that the system has to clear first cost as much as a pass
+// over them. It is no more than the most that was in use at once, and what lies between blocks that are.
+at::Tensor empty_image(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format);
+at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::Tensor& like);
+// Elements in such memory.
+at::Tensor empty_for_now(int64_t elements, const at::Tensor& like);
+// A copy of the image in another dtype, in such memory.
+at::Tensor converted(const at::Tensor& image, at::ScalarType dtype);
+// Gives the memory that is kept back to the system.
+void release_images();
+
 // The format that F.conv2d gives its output.
 at::MemoryFormat conv_memory_format(const at::Tensor& input, const at::Tensor& weight);
 // The output of an operator that computes in N × H × W × C order: `dense` is what it writes, finish() gives the tensor
@@ -32,7 +44,7 @@ class Output {
  public:
   explicit Output(const at::Tensor& result);
   Output(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format)
-      : Output(at::empty(sizes, options.requires_grad(false), format)) {}
+      : Output(empty_image(sizes, options, format)) {}
   const at::Tensor& dense() const { return dense_; }
   at::Tensor finish();
 

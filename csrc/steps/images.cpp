@@ -8,7 +8,7 @@
 #include <map>
 #include <mutex>
 
-#include "steps/training.h"
+#include "steps/common.h"
 
 namespace mobilenet_fast {
 namespace {
@@ -126,15 +126,16 @@ at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const a
   return at::from_blob(data, sizes, strides, give_back, options);
 }
 
-at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::TensorOptions& like) {
-  const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
-  return empty_strided(sizes, {h * w * c, 1, w * c, c}, like);
-}
-
 }  // namespace
 
+at::Tensor empty_image(at::IntArrayRef sizes, const at::TensorOptions& options, at::MemoryFormat format) {
+  const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
+  if (format == at::MemoryFormat::Contiguous) return empty_strided(sizes, {c * h * w, h * w, w, 1}, options);
+  return empty_strided(sizes, {h * w * c, 1, w * c, c}, options);
+}
+
 at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::Tensor& like) {
-  return empty_channels_last(sizes, like.options());
+  return empty_image(sizes, like.options(), at::MemoryFormat::ChannelsLast);
 }
 
 at::Tensor empty_for_now(int64_t elements, const at::Tensor& like) {
@@ -143,7 +144,7 @@ at::Tensor empty_for_now(int64_t elements, const at::Tensor& like) {
 
 at::Tensor converted(const at::Tensor& image, at::ScalarType dtype) {
   const at::NoGradGuard no_grad;
-  return empty_channels_last(image.sizes(), image.options().dtype(dtype)).copy_(image);
+  return empty_image(image.sizes(), image.options().dtype(dtype), at::MemoryFormat::ChannelsLast).copy_(image);
 }
 
 void release_images() { ImageMemory::instance().release(); }

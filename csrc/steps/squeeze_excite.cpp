@@ -225,7 +225,8 @@ at::Tensor squeeze_excite(const at::Tensor& input, const at::Tensor& weight1, co
   // The layout that input * gate has; planes where it is contiguous, else N × H × W × C.
   const bool planes = input.is_contiguous();
   const at::TensorOptions options = input.options().requires_grad(false);
-  const at::Tensor result = planes ? at::empty(input.sizes(), options) : at::empty_like(input, options);
+  const at::Tensor result =
+      planes ? empty_image(input.sizes(), options, at::MemoryFormat::Contiguous) : at::empty_like(input, options);
   const at::Tensor x = planes ? input.resolve_neg() : as_channels_last(input);
   std::optional<Output> y;
   if (!planes) y.emplace(result);

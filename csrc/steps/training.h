@@ -31,17 +31,6 @@ void check_read_as(const char* operation, const at::Tensor& x, const ReadAs& rea
 void check_gradient(const char* operation, const GradientAt& gradient);
 bool is_dense_channels_last(const at::Tensor& image);
 
-// An image, not initialised. Large ones lie in memory that is kept when they are dropped, since training makes the same
-// ones anew at every step, and pages that the system has to clear first cost as much as a pass over them. It is no more
-// than the most that was in use at once, and what lies between blocks that are.
-at::Tensor empty_channels_last(at::IntArrayRef sizes, const at::Tensor& like);
-// Elements in such memory.
-at::Tensor empty_for_now(int64_t elements, const at::Tensor& like);
-// A copy of the image in another dtype, in such memory.
-at::Tensor converted(const at::Tensor& image, at::ScalarType dtype);
-// Gives the memory that is kept back to the system.
-void release_images();
-
 template <class T>
 const T* row_or_null(const OptionalTensor& rows, int64_t row) {
   return rows.has_value() ? rows->const_data_ptr<T>() + row * rows->size(1) : nullptr;

@@ -256,7 +256,8 @@ def training_report(model: nn.Module) -> list[TrainingPart]:
         model: with layers of `mobilenet_fast.nn`, its own or by `replace_layers`.
 
     Returns:
-        A line for each block, and for each layer outside of blocks that has parameters or a kernel.
+        A line for each block, and for each layer outside of blocks that has parameters or a kernel, or is an activation
+        in a chain.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -267,7 +268,7 @@ def training_report(model: nn.Module) -> list[TrainingPart]:
     rows: list[TrainingPart] = []
 
     def alone(module: nn.Module, reason: str) -> None:
-        if reason and (module._parameters or isinstance(module, SqueezeExcitation)):
+        if reason and (module._parameters or isinstance(module, SqueezeExcitation) or _may_be_activation(module)):
             rows.append(TrainingPart((names[id(module)],), False, False, reason))
 
     def visit_parts(parts: list[Step]) -> None:
@@ -299,6 +300,13 @@ def training_report(model: nn.Module) -> list[TrainingPart]:
 
     visit(model, False)
     return rows
+
+
+def _may_be_activation(module: nn.Module) -> bool:
+    """One of PyTorch's that no kernel has, or a leaf of one's own."""
+    where = type(module).__module__
+    own = not where.startswith(("torch.", "torchvision.", "timm.", "mobilenet_fast.")) and not module._modules
+    return own or where == "torch.nn.modules.activation"
 
 
 def _learns(chain: nn.Module, input: Tensor) -> bool:

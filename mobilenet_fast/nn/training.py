@@ -139,9 +139,8 @@ class TrainingBlock(Step):
         return y if residual is None else y + residual
 
     def _run(self, x: Tensor, stored: torch.dtype | None = None) -> Tensor:
-        is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
         y = run_block(self.stages, x.contiguous(memory_format=torch.channels_last), self.adds_input, stored)
-        if not is_channels_last and not any(map(suggests_channels_last, (x, *(conv.weight for conv in self.convs)))):
+        if not any(map(suggests_channels_last, (x, *(conv.weight for conv in self.convs)))):
             y = y.contiguous()
         return y
 
@@ -221,6 +220,8 @@ def why_not_trained(module: nn.Module) -> str:
         plain = module.kernel_parts() is not None
         return "it stands before no 1x1 convolution" if plain else "it is not the usual one, or a part of it has a hook"
     elif activation_name(module) is not None:
+        if getattr(module, "inplace", False):
+            return "it writes to its input, and there is no convolution or norm before it"
         return "there is no convolution or norm before it"
     return f"{kind.__name__} is not known"
 
@@ -292,8 +293,10 @@ def _make_stage(modules: list[nn.Module | Step], start: int, before: list) -> tu
             end += 1
     elif _is_trainable_norm(module):
         norm = module
-    elif not isinstance(module, Step) and (activation := activation_name(module) or "none") == "none":
+    elif (activation := activation_name(module) or "none") == "none":
         return None, end
+    elif not before and getattr(module, "inplace", False):
+        return None, end  # what it writes to is not the block's own
     if norm is not None:
         activation = getattr(norm, "activation", "none")
     if activation == "none" and end < len(modules) and not isinstance(modules[end], Step):
@@ -380,7 +383,8 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        stages, (x, *tensors) = ctx.stages, ctx.saved_tensors
+        # Hooks on what autograd saves may have given images another layout.
+        stages, (x, *tensors) = ctx.stages, map(_in_channels_last, ctx.saved_tensors)
         count = sum(len(stage.parameters()) for stage in stages)
         parameters, tensors = tensors[:count], tensors[count:]
         needed = ctx.needs_input_grad[3:]
@@ -621,6 +625,10 @@ def _excite_backward(stage: Gate, kept, grad_gate, layers, x) -> tuple[Tensor, t
     """The gradient of each pixel of what was pooled, and those of weights and biases."""
     of_mean, of_layers = cpu.excite_backward(grad_gate, *kept[:3], *layers, stage.squeeze, stage.gate)
     return of_mean.div_(x.size(2) * x.size(3)), of_layers
+
+
+def _in_channels_last(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.dim() != 4 else tensor.contiguous(memory_format=torch.channels_last)
 
 
 def suggests_channels_last(tensor: Tensor) -> bool:

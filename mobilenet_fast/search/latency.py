@@ -441,7 +441,10 @@ class LatencyTable:
             measured_ms = self._networks.network(network, (self.batch, 3, self.size, self.size))
         if not isinstance(measured_ms, numbers.Real) or not 0 < measured_ms < math.inf:
             raise ValueError(f"LatencyTable: calibrate takes a positive number of ms, got {measured_ms!r}")
-        self.speed = measured_ms * (self.speed or 1.0) / self.predict(network)
+        speed = float(measured_ms) * (self.speed or 1.0) / self.predict(network)
+        if not 0 < speed < math.inf:
+            raise ValueError(f"LatencyTable: calibrate takes a time that is possible, got {measured_ms!r} ms")
+        self.speed = speed
         self._write()
         return self.speed
 
@@ -485,7 +488,14 @@ class LatencyTable:
                 part = Part(**{k: v for k, v in row.items() if k != "ms"})
                 times[part] = _number("ms", row["ms"], may_be_zero=part.kind == "call")
             speed = None if content["speed"] is None else _number("speed", content["speed"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # others' JSON can be of any shape
+        except (
+            AttributeError,
+            KeyError,
+            OverflowError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:  # others' JSON can be of any shape
             raise ValueError(f"LatencyTable: {self.path} is no table of latencies ({first_line(error)})") from None
         for name, value in asdict(there).items():
             here = getattr(self.conditions, name)
@@ -497,7 +507,7 @@ class LatencyTable:
 def _known_device(device: str | torch.device) -> torch.device:
     try:
         known = torch.device(device)
-    except RuntimeError:  # which lists all kinds that there are anywhere
+    except (RuntimeError, TypeError):  # which list all kinds that there are anywhere
         known = None
     if known is None or known.type not in ("cpu", "cuda"):
         raise ValueError(f'LatencyTable: device must be "cpu" or "cuda", got {str(device)!r}')

@@ -172,8 +172,8 @@ def netadapt(
         raise ValueError(f"netadapt: the model has no block to make narrower by multiples of {divisor} channels")
     recipe = {
         **note_facts("netadapt", note),
-        "target_latency_ms": target_latency_ms,
-        "delta": delta,
+        "target_latency_ms": float(target_latency_ms),
+        "delta": float(delta),
         "steps": steps,
         "final_steps": final_steps,
         "keep": keep,
@@ -182,8 +182,9 @@ def netadapt(
         "seed": seed,
         "groups": {group.name: group.width(model) for group in groups},
         "example_input": [f"{tuple(x.shape)} {x.dtype} {x.device.type}" for x in pytree.tree_leaves(example_input)],
-        "shapes": {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        "shapes": {name: tuple(tensor.shape) for name, tensor in _weights(model).items()},
         "weights": _digest(model),
+        "modules": hashlib.sha256(repr(model).encode()).hexdigest(),
     }
     run = _Run(model, groups, recipe, evaluate, finetune, log, checkpoint)
     run.latency = latency or MeasuredLatency(model, example_input, run.state["first_latency_ms"])
@@ -483,14 +484,15 @@ def _narrower(width: int, divisor: int) -> list[int]:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()  # which may have what is no tensor, of a module's own
+    return {name: tensor.detach().clone() for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
 def _digest(model: nn.Module) -> str:
     """Of the bytes of a model's state, in whatever memory format."""
     digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        there = tensor.detach().cpu().contiguous()
+    for tensor in _weights(model).values():
+        there = tensor.cpu().contiguous()
         digest.update(ctypes.string_at(there.data_ptr(), there.nbytes))
     return digest.hexdigest()
 

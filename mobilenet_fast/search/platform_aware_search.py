@@ -123,6 +123,8 @@ def platform_aware_search(
     for name, value, least in (("trials", trials, 1), ("workers", workers, 0), ("at_once", at_once, 1)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"platform_aware_search: {name} must be an integer of at least {least}, got {value!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"platform_aware_search: seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
     if method not in METHODS:
         raise ValueError(f"platform_aware_search: {no_such('method', method, METHODS)}")
     reward(1.0, 1.0, target_ms, reward_exponent)  # raises what is out of range
@@ -244,7 +246,9 @@ class _Log:
         if self.rows:
             self.compare(there, json.loads(json.dumps(facts)))
         else:
-            beside.write_text(json.dumps(facts, indent=1) + "\n")
+            new = beside.with_name(beside.name + ".new")
+            new.write_text(json.dumps(facts, indent=1) + "\n")
+            os.replace(new, beside)  # a process that is killed while it writes leaves none, or a whole one
         if whole != text or not whole:
             path.write_text(whole or header)
 

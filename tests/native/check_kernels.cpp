@@ -202,9 +202,10 @@ void check_norm_gradients(const Kernels<T>& k, int64_t rows, int64_t channels, A
   k.statistics({x.data(), channels, rows, channels, mean.data(), sums.data()});
   k.gate_gradient({grad.data(), channels, x.data(), channels, rows, channels, scale.data(), shift.data(),
                    gate_sums.data(), activation});
-  NormGradientArgs<T> args{grad.data(), channels,      x.data(),     channels,      out.data(),  channels,
-                           rows,        channels,      scale.data(), shift.data(),  gate.data(), pooled.data(),
-                           mean.data(), factor.data(), lean.data(),  offset.data(), nullptr,     activation};
+  NormGradientArgs<T> args{grad.data(),   channels,      x.data(),    channels,      out.data(),
+                           channels,      rows,          channels,    scale.data(),  shift.data(),
+                           gate.data(),   pooled.data(), mean.data(), factor.data(), lean.data(),
+                           offset.data(), nullptr,       activation,  false};
   k.norm_gradient(args);
   args.out = d_out.data();
   args.gate = args.pooled = args.factor = nullptr;
@@ -252,10 +253,10 @@ void check_depthwise(const Kernels<T>& k, int64_t size, int64_t channels, int64_
       }
     }
   }
-  k.depthwise_conv2d({x.data(), size * channels, channels, size,        size,     packed.data(),
-                      y.data(), out * channels,  channels, 0,           out,      out,
-                      channels, kernel,          kernel,   stride,      stride,   pad,
-                      pad,      dilation,        dilation, sums.data(), channels, activation});
+  k.depthwise_conv2d({x.data(),       size * channels, channels,   size, size, packed.data(), y.data(),
+                      out * channels, channels,        0,          out,  out,  channels,      kernel,
+                      kernel,         stride,          stride,     pad,  pad,  dilation,      dilation,
+                      sums.data(),    channels,        activation, true});
   std::vector<double> totals(out * channels, 0.0);
   for (int64_t oy = 0; oy < out; ++oy) {
     for (int64_t ox = 0; ox < out; ++ox) {
