@@ -268,6 +268,8 @@ def test_workers_change_nothing():
     options = {"method": "evolution", "seed": 2, "progress": False}
     alone = platform_aware_search(TINY, parameters, layers, 30, 6, **options)
     assert platform_aware_search(TINY, parameters, layers, 30, 6, workers=2, **options) == alone
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:  # which Ray's has the methods of
+        assert platform_aware_search(TINY, parameters, layers, 30, 6, workers=pool, **options) == alone
 
 
 def test_evaluation_is_seeded_and_leaves_torchs_generator():

@@ -72,7 +72,7 @@ def platform_aware_search(
     *,
     method: str = "controller",
     reward_exponent: float = -0.07,
-    workers: int = 0,
+    workers: int | Any = 0,
     at_once: int = 4,
     log: str | os.PathLike | None = None,
     note: dict[str, Any] | None = None,
@@ -98,7 +98,8 @@ def platform_aware_search(
         method: "controller", an RNN trained by REINFORCE with a baseline (`Controller`); "evolution", aging evolution
             of 16 members (arXiv:1802.01548); "random".
         reward_exponent: see `reward`; -0.15 for small networks.
-        workers: processes that evaluate, on an equal share of torch's threads each; 0 evaluates in this one.
+        workers: processes that evaluate, on an equal share of torch's threads each; 0 evaluates in this one. Or a pool
+            of one's own, as `multiprocessing.Pool` is, for example a cluster's ``ray.util.multiprocessing.Pool()``.
         at_once: networks that are proposed before the result of any is known, whatever number of workers.
         log: of a CSV file that gets a line when a trial ends; None keeps none.
         note: what ``evaluate``, and a ``latency`` that is no table, depend on, such as data and steps, as numbers and
@@ -120,7 +121,9 @@ def platform_aware_search(
     for name, value in (("target_ms", target_ms), ("reward_exponent", reward_exponent)):
         if not isinstance(value, numbers.Real):
             raise ValueError(f"platform_aware_search: {name} must be a number, got {value!r}")
-    for name, value, least in (("trials", trials, 1), ("workers", workers, 0), ("at_once", at_once, 1)):
+    own_pool = hasattr(workers, "imap_unordered")
+    numbers_of = ("trials", trials, 1), ("workers", 0 if own_pool else workers, 0), ("at_once", at_once, 1)
+    for name, value, least in numbers_of:
         if not isinstance(value, int) or value < least:
             raise ValueError(f"platform_aware_search: {name} must be an integer of at least {least}, got {value!r}")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -284,9 +287,11 @@ class _Log:
 class _runner:
     """``run(architectures by number)`` gives pairs of number and accuracy as they come."""
 
-    def __init__(self, evaluate: Callable[[nn.Module], float], workers: int, seed: int) -> None:
-        self.evaluate, self.seed, self.pool = evaluate, seed, None
-        if workers:
+    def __init__(self, evaluate: Callable[[nn.Module], float], workers: int | Any, seed: int) -> None:
+        self.evaluate, self.seed, self.pool, self.own_pool = evaluate, seed, None, None
+        if hasattr(workers, "imap_unordered"):
+            self.own_pool = workers
+        elif workers:
             threads = max(1, torch.get_num_threads() // workers)
             context = torch.multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(workers, context, _start_worker, (threads,))
@@ -300,6 +305,9 @@ class _runner:
 
     def run(self, architectures: dict[int, Architecture]) -> Iterator[tuple[int, float]]:
         jobs = {n: (self.evaluate, a, self.seed + 1_000_003 * n) for n, a in architectures.items()}
+        if self.own_pool is not None:
+            yield from self.own_pool.imap_unordered(_numbered, jobs.items())
+            return
         if self.pool is None:
             for number, job in jobs.items():
                 yield number, _evaluate(*job)
@@ -318,6 +326,11 @@ def _end_with_parent() -> None:
     """A search that is killed can't end its workers."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+def _numbered(job: tuple[int, tuple]) -> tuple[int, float]:
+    number, arguments = job
+    return number, _evaluate(*arguments)
 
 
 def _evaluate(evaluate: Callable[[nn.Module], float], architecture: Architecture, seed: int) -> float:
