@@ -187,9 +187,10 @@ TRAINING = """## Training
 Forward and backward of convolutions, batch norms with their activations and squeeze-excites, kernel by kernel, without
 residuals, pooling, classifier, loss and optimizer; PyTorch's kernels at the speeds above too, where they read and write
 more. So the ratio is what fewer passes alone should give; PyTorch's depthwise gradients are known to take many times
-what their bytes do. Single layers, forward and with each gradient, are in
-[gpu_predictions_layers.csv](gpu_predictions_layers.csv), under the names that `python -m benchmarks --device cuda
---suite layers` gives them.
+what their bytes do. The host's time is left out: this training is no CUDA graph, and at batch 32 waits for the host.
+Single layers, forward and with each gradient, are in
+[gpu_predictions_layers.csv](gpu_predictions_layers.csv), in channels_last and under the names that
+`python -m benchmarks layers --device cuda --batch 1 32 256 --dtype fp16 fp32` gives them.
 """
 
 

@@ -16,8 +16,13 @@ import torch
 from benchmarks.cases import layers
 from benchmarks.cases.layers import BatchNorm, Convolution, Layer, SqueezeExcite
 from mobilenet_fast.accelerate.roofline import EPILOGUE, H100, TAP, Work
+from mobilenet_fast.triton_kernels import tiles
 
 BATCHES = (1, 32, 256)
+DTYPES = {torch.float16: "fp16", torch.float32: "fp32"}  # by the suite's names
+# Instructions for each tap of our backward kernel, which loads each column anew for every tap: 6.8 for 3×3 and 7.8 for
+# 5×5 as compiled in float16, 5.6 in float32, of which one gradient's multiply-add is one.
+BACKWARD_TAP = 7.5
 
 
 @dataclass(frozen=True)
@@ -64,21 +69,23 @@ class Call:
         return max(self.works, key=Work.seconds).bound()
 
 
-def kernels_of(layer: Layer, direction: str, batch: int, ours: bool = True) -> list[Kernel]:
+def kernels_of(layer: Layer, direction: str, batch: int, dtype: torch.dtype, ours: bool = True) -> list[Kernel]:
     """Of a direction that the suite times: forward, that and some gradients ("forward+input"), or for batch norm both
     in training. PyTorch's where not ``ours``.
     """
     backward = direction.partition("+")[2]
     if isinstance(layer, Convolution):
-        return _convolution(layer, batch, backward in ("input", "both"), backward in ("weight", "both"), ours)
+        return _convolution(layer, batch, dtype, backward in ("input", "both"), backward in ("weight", "both"), ours)
     x = batch * layer.channels * layer.size**2
     if isinstance(layer, BatchNorm):
-        return _batch_norm(x, layer.activation != "none", direction == "training", ours)
+        return _batch_norm(x, layer.channels, layer.activation != "none", direction == "training", ours)
     assert isinstance(layer, SqueezeExcite)
     return _squeeze_excite(x, batch * layer.channels, backward == "both", ours)
 
 
-def _convolution(layer: Convolution, batch: int, of_input: bool, of_weight: bool, ours: bool) -> list[Kernel]:
+def _convolution(
+    layer: Convolution, batch: int, dtype: torch.dtype, of_input: bool, of_weight: bool, ours: bool
+) -> list[Kernel]:
     out_height, out_width = (
         (size + 2 * pad - kernel) // layer.stride + 1
         for size, pad, kernel in zip((layer.height, layer.width), layer.padding, layer.kernel, strict=True)
@@ -92,13 +99,20 @@ def _convolution(layer: Convolution, batch: int, of_input: bool, of_weight: bool
             return [forward]
         needed = ["grad y", *(["x"] if of_weight else []), *(["grad x"] if of_input else [])]
         sizes = {"grad y": y, "x": x, "grad x": x}
-        # Both gradients in one pass; PyTorch computes one after the other.
-        if ours or not (of_input and of_weight):
-            instructions = y * TAP * taps * (of_input + of_weight) + x * EPILOGUE
-            return [forward, Kernel({name: sizes[name] for name in needed}, instructions=instructions)]
-        one = y * TAP * taps + x * EPILOGUE
-        images = [{"grad y": y, "grad x": x}, {"grad y": y, "x": x}]
-        return [forward, *(Kernel(each, instructions=one) for each in images)]
+        # Both gradients in one pass; PyTorch computes one after the other, at the forward kernel's instructions here.
+        if not ours:
+            one = y * TAP * taps + x * EPILOGUE
+            images = [*([["grad y", "grad x"]] if of_input else []), *([["grad y", "x"]] if of_weight else [])]
+            return [forward, *(Kernel({name: sizes[name] for name in each}, instructions=one) for each in images)]
+        a_tap = BACKWARD_TAP - (not (of_input and of_weight))
+        images = {name: sizes[name] for name in needed}
+        if not of_weight:
+            return [forward, Kernel(images, instructions=y * taps * a_tap + x * EPILOGUE)]
+        sums = {"partial sums": _parts(layer, batch, dtype) * layer.channels * taps * 4 / dtype.itemsize}
+        small = Kernel({"weight": layer.channels * taps})
+        backward = Kernel(images | sums, instructions=y * taps * a_tap + x * EPILOGUE)
+        # Their sum, and the weight's gradient in its own order and dtype.
+        return [forward, backward, Kernel(sums), *[small] * (1 if dtype == torch.float32 else 2)]
     macs = y * layer.channels * taps
     weight = layer.channels * layer.out_channels * taps
     found = [Kernel({"x": x, "y": y, "weight": weight}, macs, y * EPILOGUE)]
@@ -109,13 +123,23 @@ def _convolution(layer: Convolution, batch: int, of_input: bool, of_weight: bool
     return found
 
 
-def _batch_norm(x: float, activation: bool, training: bool, ours: bool) -> list[Kernel]:
+def _parts(layer: Convolution, batch: int, dtype: torch.dtype) -> int:
+    """Of the images, each with sums of its own for the weight's gradient: as triton_kernels/depthwise_conv2d.py has."""
+    shape, stride = (batch, layer.channels, layer.height, layer.width), (layer.stride, layer.stride)
+    tile = tiles.depthwise_backward_tile(True, dtype.itemsize, shape, math.prod(layer.kernel), stride)
+    count = batch * tile.strips(-(-layer.height // layer.stride)) * tile.blocks(-(-layer.width // layer.stride))
+    blocks = -(-layer.channels // tile.channels)
+    return min(count, -(-8 * H100.multiprocessors // blocks))
+
+
+def _batch_norm(x: float, vector: float, activation: bool, training: bool, ours: bool) -> list[Kernel]:
     if not training:
         return [Kernel({"x": x, "y": x})]
     statistics, norm = Kernel({"x": x}), Kernel({"x": x, "y": x})
     if ours or not activation:
         backward = [Kernel({"grad y": x, "x": x}), Kernel({"grad y": x, "x": x, "grad x": x})]
-        return [statistics, norm, *backward]
+        small = [Kernel({"vector": vector})] if ours else []  # merges the parts' statistics, and sums
+        return [statistics, *small, norm, backward[0], *small, backward[1]]
     return [
         *(statistics, norm, Kernel({"y": x, "z": x})),
         *(Kernel({"grad z": x, "y": x, "grad y": x}), Kernel({"grad y": x, "x": x})),
@@ -141,15 +165,15 @@ def layer_rows() -> Iterator[dict]:
         if "cuda" not in case.devices:
             continue
         layer = layers.parse(case.name)
-        for dtype in (torch.float16, torch.float32):
-            if case.dtypes and dtype != torch.float32:
+        for dtype, label in DTYPES.items():
+            if case.dtypes and label not in case.dtypes:
                 continue
             for batch in case.batches or BATCHES:
                 for direction in case.directions:
-                    call = Call(dtype).add(kernels_of(layer, direction, batch))
+                    call = Call(dtype).add(kernels_of(layer, direction, batch, dtype))
                     yield {
-                        "layer": case.name,
-                        "dtype": str(dtype).removeprefix("torch."),
+                        "case": case.name,
+                        "dtype": label,
                         "batch": batch,
                         "direction": direction,
                         "kernels": len(call.works),
@@ -168,5 +192,5 @@ def training_seconds(name: str, batch: int, dtype: torch.dtype, ours: bool) -> f
     total = 0.0
     for layer in layers.found(name):
         direction = "training" if isinstance(layer, BatchNorm) else "forward+both"
-        total += Call(dtype).add(kernels_of(layer, direction, batch, ours)).seconds
+        total += Call(dtype).add(kernels_of(layer, direction, batch, dtype, ours)).seconds
     return total

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from benchmarks.triton_offline import (  # noqa: E402
     page,
     record,
     rows,
+    specialise,
 )
 from mobilenet_fast import triton_kernels  # noqa: E402
 from mobilenet_fast.triton_kernels import tiles  # noqa: E402
@@ -44,6 +46,15 @@ def test_kernels_compile(dtype, channels_last):
                 vector = 8 if few else 16
                 assert resources.load_bytes == vector or label.startswith("3 →"), what
                 assert resources.store_bytes == vector, what
+
+
+def test_a_new_momentum_compiles_nothing():
+    x, v = image(2, 16, 8, 8), torch.empty(16, device="meta")
+    first, second = (
+        record(lambda m=m: triton_kernels.batch_norm_act_training(x, v, v, v, v, m, 1e-5, "relu"), 90)
+        for m in (0.1, np.float32(0.25))
+    )
+    assert [specialise(launch) for launch in first] == [specialise(launch) for launch in second]
 
 
 def image(*shape):

@@ -384,7 +384,7 @@ def test_batch_norm_act_training(case):
     batches = torch.tensor(3) if case["momentum"] is None else None
     momentum, count = 1 / 3 if batches is not None else 0.3, input.numel() // input.size(1)
     buffers = [t.to(torch.float32 if t.itemsize < 4 else t.dtype) for t in (mean, var)] if running else [None, None]
-    exact = [None if t is None else t.double() for t in (*buffers, weight, bias)]
+    exact = [None if t is None else t.double().clone() for t in (*buffers, weight, bias)]
     leaves = [t.requires_grad_() for t in (input.double(), *exact[2:]) if t is not None]
     inner = F.batch_norm(leaves[0], *exact[:2], *exact[2:], True, momentum, eps)
     # PyTorch's own gradient of hardsigmoid has a sixth in float32.

@@ -454,6 +454,7 @@ def _normalise(input, mean, spread, weight, bias, eps, activation, variance) -> 
 
 def _in_float32(value: float) -> tuple[float, float]:
     """It rounded to float32, and the rest of it."""
+    value = float(value)  # of numpy's and PyTorch's numbers too
     (rounded,) = struct.unpack("f", struct.pack("f", value))
     return rounded, value - rounded
 
