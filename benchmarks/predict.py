@@ -73,7 +73,16 @@ COLUMNS = (
 )
 
 
+def measured(file: Path, *key: str) -> dict[tuple[str, ...], str]:
+    """What was entered as measured, which predictions made anew leave there."""
+    if not file.exists():
+        return {}
+    with file.open(newline="") as opened:
+        return {tuple(row[name] for name in key): row["measured_us"] for row in csv.DictReader(opened)}
+
+
 def write_csv(networks: Networks, file: Path) -> None:
+    entered = measured(file, "model", "dtype", "batch", "step", "kernel", "output")
     with file.open("w", newline="") as opened:
         writer = csv.writer(opened, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -92,11 +101,16 @@ def write_csv(networks: Networks, file: Path) -> None:
                         row.macs,
                         work.bound(),
                     )
-                    writer.writerow([*known, f"{1e6 * work.seconds():.2f}", ""])
+                    key = *map(str, known[:4]), row.kernel, _shape(row.shape)
+                    writer.writerow([*known, f"{1e6 * work.seconds():.2f}", entered.get(key, "")])
 
 
 def write_layers(file: Path) -> None:
+    key = "case", "dtype", "batch", "direction"
+    entered = measured(file, *key)
     rows = list(predict_layers.layer_rows())
+    for row in rows:
+        row["measured_us"] = entered.get(tuple(str(row[name]) for name in key), "")
     with file.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, rows[0], lineterminator="\n")
         writer.writeheader()

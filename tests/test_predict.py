@@ -75,6 +75,13 @@ def test_page_and_csv(tmp_path, capsys):
         of_layers = list(csv.DictReader(opened))
     names = {case.name for case in layers.cases() if "cuda" in case.devices}
     assert {row["case"] for row in of_layers} == names and not any(row["measured_us"] for row in of_layers)
+    for name in (file.with_suffix(".csv"), file.with_name("predictions_layers.csv")):
+        lines = name.read_text().splitlines()
+        lines[7] += "12.5"  # as somebody enters what a GPU took
+        name.write_text("\n".join(lines) + "\n")
+    assert predict.main(["--model", "mobilenet_v3_small", "--out", str(file)]) == 0
+    for name in (file.with_suffix(".csv"), file.with_name("predictions_layers.csv")):
+        assert [i for i, line in enumerate(name.read_text().splitlines()) if line.endswith(",12.5")] == [7]
 
 
 def test_passes_of_training():
