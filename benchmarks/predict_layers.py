@@ -124,12 +124,10 @@ def _convolution(
 
 
 def _parts(layer: Convolution, batch: int, dtype: torch.dtype) -> int:
-    """Of the images, each with sums of its own for the weight's gradient: as triton_kernels/depthwise_conv2d.py has."""
+    """That our backward kernel cuts images into."""
     shape, stride = (batch, layer.channels, layer.height, layer.width), (layer.stride, layer.stride)
     tile = tiles.depthwise_backward_tile(True, dtype.itemsize, shape, math.prod(layer.kernel), stride)
-    count = batch * tile.strips(-(-layer.height // layer.stride)) * tile.blocks(-(-layer.width // layer.stride))
-    blocks = -(-layer.channels // tile.channels)
-    return min(count, -(-8 * H100.multiprocessors // blocks))
+    return tiles.depthwise_backward_parts(tile, H100.multiprocessors, shape, stride)
 
 
 def _batch_norm(x: float, vector: float, activation: bool, training: bool, ours: bool) -> list[Kernel]:

@@ -270,6 +270,12 @@ def test_blocks_take_stock_names():
     torch.testing.assert_close(mobilenet_fast.replace_layers(block)(x=x), expected)
 
 
+def test_images_that_go_past_the_caches(on_isa, monkeypatch):
+    """Gradients before the norms of 12.8 MB each, written by both kinds of convolution."""
+    module = inverted_residual(hidden=64, activation="hardswish", squeeze=False)
+    check(module, image(1, 8, 224, 224), monkeypatch, blocks=1)
+
+
 @pytest.mark.parametrize("norm", ({"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}))
 def test_batch_norms_of_every_kind(norm, monkeypatch):
     module = inverted_residual(**norm)

@@ -36,7 +36,14 @@ from .common import (
     wait_for_inputs,
     within,
 )
-from .tiles import chip_of, depthwise_backward_tile, depthwise_tile, is_large
+from .tiles import (
+    chip_of,
+    depthwise_backward_parts,
+    depthwise_backward_tile,
+    depthwise_backward_tiles,
+    depthwise_tile,
+    is_large,
+)
 
 
 @triton.constexpr_function
@@ -460,9 +467,11 @@ def depthwise_conv2d_backward(
     grad_input = torch.empty_like(input, memory_format=output_format(input, weight)) if need_input else None
     taps = multiplier * kernel_h * kernel_w
     tile = depthwise_backward_tile(channels_last, input.element_size(), input.shape, taps, stride)
-    tiles = batch * tile.strips(-(-height // stride[0])) * tile.blocks(-(-width // stride[1]))
     channel_blocks = triton.cdiv(channels, tile.channels)
-    parts = min(tiles, triton.cdiv(8 * chip_of(input).multiprocessors, channel_blocks)) if need_weight else tiles
+    if need_weight:
+        parts = depthwise_backward_parts(tile, chip_of(input).multiprocessors, input.shape, stride)
+    else:
+        parts = depthwise_backward_tiles(tile, input.shape, stride)
     partial = None
     if need_weight:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32

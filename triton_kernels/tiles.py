@@ -249,6 +249,20 @@ def depthwise_backward_tile(
     return _tile(channels_last, itemsize, channels, -(-width // stride[1]), rows, elements)
 
 
+def depthwise_backward_parts(
+    tile: Tile, multiprocessors: int, in_shape: tuple[int, ...], stride: tuple[int, int]
+) -> int:
+    """Into how many parts images are cut, each with sums of its own for the weight's gradient: eight programs a
+    multiprocessor, or one a tile if those are fewer."""
+    tiles = depthwise_backward_tiles(tile, in_shape, stride)
+    return min(tiles, -(-8 * multiprocessors // -(-in_shape[1] // tile.channels)))
+
+
+def depthwise_backward_tiles(tile: Tile, in_shape: tuple[int, ...], stride: tuple[int, int]) -> int:
+    batch, _, height, width = in_shape
+    return batch * tile.strips(-(-height // stride[0])) * tile.blocks(-(-width // stride[1]))
+
+
 def _even(size: int, most: int) -> int:
     """Rows a strip, so that as many strips as ``most`` rows would give are of almost equal height."""
     return -(-size // -(-size // most))

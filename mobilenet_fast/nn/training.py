@@ -383,10 +383,11 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # Hooks on what autograd saves may have given images another layout.
-        stages, (x, *tensors) = ctx.stages, map(_in_channels_last, ctx.saved_tensors)
+        stages, (x, *tensors) = ctx.stages, ctx.saved_tensors
         count = sum(len(stage.parameters()) for stage in stages)
         parameters, tensors = tensors[:count], tensors[count:]
+        # Hooks on what autograd saves may have given images another layout.
+        x, *tensors = map(_in_channels_last, (x, *tensors))
         needed = ctx.needs_input_grad[3:]
         if ops.runs_in_pytorch(grad):
             return None, None, None, *_differentiable_gradients(ctx, needed, grad, x, parameters, tensors)
