@@ -1,9 +1,9 @@
 """``python -m benchmarks netadapt``: MobileNetV3-Small made faster by NetAdapt, beside the uniform width multiplier.
 
 For each seed a network is trained on real pictures (benchmarks/pictures.py), and NetAdapt takes a share of its measured
-latency away. Beside it, with as many steps of training: the network of the largest uniform width multiplier that is as
-fast, and NetAdapt's widths, both from scratch. What is done is kept in --out: the same command goes on, also after a
-kill.
+latency away. Beside it, with as many steps of training, both from scratch: the network of the uniform width multiplier
+whose latency is nearest to what NetAdapt reached, and NetAdapt's widths. What is done is kept in --out: the same command
+goes on, also after a kill.
 """
 
 import argparse
@@ -34,7 +34,7 @@ METHODS = {
     "scratch": "NetAdapt's widths from scratch",
     "uniform": "uniform width multiplier",
 }
-STEP = 0.05  # of width multipliers
+WIDTHS = [percent / 100 for percent in range(30, 100)]
 ROUNDS = 150
 
 
@@ -138,18 +138,18 @@ class Comparison:
             progress=progress,
         )
 
-    def uniform_width(self) -> float:
-        """The largest that is as fast as NetAdapt was asked to be."""
+    def uniform_width(self, adapted: list[torch.nn.Module]) -> float:
+        """The multiplier whose network's latency is nearest to the mean of the adapted ones', all called in turn."""
+        shape = tuple(self.x.shape)
+        uniform = {cost.count(model, shape).parameters: (width, model) for width in WIDTHS if (model := network(width))}
+        fast = [self.measured_module(model) for model in adapted + [model for _, model in uniform.values()]]
+        times = latencies_in_turn(fast, self.x, ROUNDS)
+        reached = statistics.mean(times[: len(adapted)])
+        rest = zip(times[len(adapted) :], uniform.values(), strict=True)
+        return min((abs(ms - reached), width) for ms, (width, _) in rest)[1]
 
-        def ms(width: float) -> float:
-            return self.kept.get(f"ms width {width}", lambda: self.measure(network(width)))
-
-        widths = [round(1 - STEP * i, 2) for i in range(1, round(1 / STEP) - 1)]
-        return next(width for width in widths if ms(width) <= (1 - self.options.cut) * self.first_ms)
-
-    def networks(self, seed: int, width: float) -> dict[str, tuple[torch.nn.Module, int]]:
+    def networks(self, seed: int, adapted: NetAdapted, width: float) -> dict[str, tuple[torch.nn.Module, int]]:
         """Of each method, with the steps that its weights have been through."""
-        adapted = self.adapted(seed)
         adapted.plot(self.out / f"netadapt_{seed}.png") if version("matplotlib") else None
         options = self.options
         way = options.first_steps + options.final_steps
@@ -163,8 +163,11 @@ class Comparison:
         }
 
     def rows(self) -> list[dict]:
-        width = self.uniform_width()
-        found = {seed: self.networks(seed, width) for seed in self.options.seeds}
+        adapted = {seed: self.adapted(seed) for seed in self.options.seeds}
+        models = [result.model.eval() for result in adapted.values()]
+        name = f"uniform width beside seeds {list(adapted)}"
+        width = self.kept.get(name, lambda: self.uniform_width(models))
+        found = {seed: self.networks(seed, result, width) for seed, result in adapted.items()}
         fast = {(seed, name): net for seed, nets in found.items() for name, (net, _) in nets.items()}
         fast = {key: self.measured_module(model) for key, model in fast.items()}
         times = dict(zip(fast, latencies_in_turn(list(fast.values()), self.x, ROUNDS), strict=True))

@@ -87,6 +87,7 @@ def test_netadapt_beside_the_width_multiplier(tmp_path, monkeypatch):
     command = "netadapt --seeds 0 --first-steps 2 --steps 1 --final-steps 2 --cut 0.1 --delta 0.1 --pictures 64".split()
     command += ["--size", "32", "--threads", "1", "--out", str(tmp_path)]
     x = (1, 3, 32, 32)
+    monkeypatch.setattr(netadapt, "WIDTHS", [0.5, 0.6, 0.7, 0.8, 0.9])
     monkeypatch.setattr(netadapt.Comparison, "measure", lambda self, model: cost.count(model, x).macs / 1e6)
     monkeypatch.setattr(netadapt.Comparison, "measured_module", lambda self, model: model)
     monkeypatch.setattr(netadapt, "latencies_in_turn", lambda calls, x, rounds: [self_ms(m) for m in calls])
@@ -107,5 +108,6 @@ def test_netadapt_beside_the_width_multiplier(tmp_path, monkeypatch):
     chosen = sum(row["chosen"] == "True" for row in read(tmp_path / "netadapt_0.csv"))
     assert [int(row["steps"]) for row in rows] == [2, *[2 + 2 + chosen] * 3]
     ms = [float(row["latency_ms"]) for row in rows]
-    assert max(ms[1:]) <= 0.9 * ms[0]
-    assert ms[1] == ms[2]
+    assert ms[1] == ms[2] <= 0.9 * ms[0]
+    others = [self_ms(netadapt.network(width)) for width in netadapt.WIDTHS]
+    assert abs(ms[3] - ms[1]) == min(abs(ms[1] - other) for other in others)
