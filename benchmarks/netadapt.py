@@ -2,8 +2,8 @@
 
 For each seed a network is trained on real pictures (benchmarks/pictures.py), and NetAdapt takes a share of its measured
 latency away. Beside it, with as many steps of training, both from scratch: the network of the uniform width multiplier
-whose latency is nearest to what NetAdapt reached, and NetAdapt's widths. What is done is kept in --out: the same command
-goes on, also after a kill.
+whose latency is nearest to what NetAdapt reached, and NetAdapt's widths. What is done is kept in --out: the same
+command goes on, also after a kill.
 """
 
 import argparse
