@@ -20,7 +20,7 @@ from torch import nn
 from mobilenet_fast import cli, cost, models
 from mobilenet_fast.nn import ConvNormAct, InvertedResidual
 from mobilenet_fast.search.blocks import channel_groups, with_widths
-from mobilenet_fast.search.netadapt import latencies_in_turn, netadapt
+from mobilenet_fast.search.netadapt import MeasuredLatency, latencies_in_turn, netadapt
 
 X = torch.zeros(1, 3, 16, 16)
 ROOT = Path(__file__).parents[1]
@@ -328,6 +328,25 @@ def test_measured_latency_is_the_first_models_share(monkeypatch):
     measured, expected = (adapt(latency=each, delta=0.15, target_latency_ms=2.5) for each in (None, latency))
     assert [row["channels"] for row in measured.proposals] == [row["channels"] for row in expected.proposals]
     assert measured.latency_ms == pytest.approx(expected.latency_ms)
+
+
+def test_latency_is_measured_while_threads_meet_as_they_did_at_first(monkeypatch):
+    """Where they share no cache each model takes longer by what they take to meet: here 3 ms, at most times."""
+    module = sys.modules[netadapt.__module__]
+    meeting = itertools.cycle((3, 0, 3))
+
+    def in_turn(models, x):
+        extra = next(meeting)
+        return [latency(model._model.model) + extra for model in models]
+
+    monkeypatch.setattr(module, "latencies_in_turn", in_turn)
+    model = network()
+    groups = channel_groups(model, X)
+    small = with_widths(model, groups, dict.fromkeys((group.name for group in groups), 8))
+    measured = MeasuredLatency(model, X)
+    for _ in range(4):
+        assert measured(small) == pytest.approx(latency(small))
+    assert measured.first_ms == latency(model)
 
 
 def test_models_are_timed_in_turn():
