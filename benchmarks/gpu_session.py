@@ -216,7 +216,23 @@ def attempt(call: Callable[[], dict]) -> dict:
         return {"failed": f"{type(failure).__name__}: {failure}".splitlines()[0]}
 
 
-def session(out: Path, seconds: float, steps: tuple[Step, ...] = STEPS, with_tests: bool = True) -> Iterator[str]:
+def training(out: Path, seconds: float) -> str:
+    """The table of a training step under autocast, by the peers that get ready in seconds."""
+    peers = ("eager channels_last", "eager channels_last graph", "replace_layers channels_last")
+    command = [sys.executable, "-m", "benchmarks.training", "--device", "cuda", "--case", MODEL, "--rounds", "3"]
+    command += ["--peer", *peers, f"{peers[-1]} graph", "--out", str(out / "training.csv")]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1, seconds))
+    except subprocess.TimeoutExpired:
+        return f"training: no answer after {seconds:.0f} s"
+    if not done.stdout:
+        return f"training: {(done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]}"
+    return done.stdout
+
+
+def session(
+    out: Path, seconds: float, steps: tuple[Step, ...] = STEPS, with_tests: bool = True, with_training: bool = True
+) -> Iterator[str]:
     """Does it all, and gives lines to print."""
     clock = Clock(seconds)
     out.mkdir(parents=True, exist_ok=True)
@@ -241,6 +257,8 @@ def session(out: Path, seconds: float, steps: tuple[Step, ...] = STEPS, with_tes
         results.append(rows)
         save(out, facts, tests, [r for rows in results for r in rows])
         yield report.results_table(rows)
+    if with_training:
+        yield training(out, clock.left())
     yield report.machine(facts) if "gpu" in facts else f"of the machine: {facts['no_conditions']}"
     for test in tests:
         outcome = test.get("summary") or test.get("failed") or f"status {test['status']}"
@@ -266,7 +284,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not has_gpu():
         sys.exit("benchmarks: gpu_session needs a GPU, torch sees none")
     steps = tuple(filter(wanted, STEPS))
-    for line in session(options.out, 60 * options.minutes, steps, not options.skip_tests):
+    trains = not options.only or any(word in "training" for word in options.only)
+    for line in session(options.out, 60 * options.minutes, steps, not options.skip_tests, trains):
         print(line, flush=True)
     return 0
 

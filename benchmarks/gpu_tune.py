@@ -1,7 +1,8 @@
 """Which tiles and which fused blocks are fastest on this GPU: ``python -m benchmarks.gpu_tune mobilenet_v3_large``.
 
 Each step of the network's plan is timed on its own inputs, with the tile that `tiles.py` chooses and with its
-neighbours; then every block of the network in each way of fusing it. Kernels are compiled first, by as many processes
+neighbours; then every block of the network in each way of fusing it; with ``--ways gradients`` both gradients of each
+of its depthwise layers. Kernels are compiled first, by as many processes
 as there are cores, for which no GPU is asked (``--compile`` stops there).
 """
 
@@ -25,7 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime import driver
 
-from benchmarks.cases import DTYPES
+from benchmarks import predict_layers
+from benchmarks.cases import DTYPES, layers
+from benchmarks.cases.layers import Convolution
 from benchmarks.gauges import ROOT
 from benchmarks.predict import MODELS
 from benchmarks.triton_offline import Launch, record
@@ -37,6 +40,7 @@ from mobilenet_fast.triton_kernels import (
     common,
     conv2d,
     depthwise_conv2d,
+    depthwise_conv2d_backward,
     inverted_residual,
     pointwise_conv2d,
     squeeze_excite,
@@ -79,26 +83,43 @@ def plan_of(
         return cuda.build(graph, cuda.CudaWeights(), torch.device(device), limits or None)
 
 
+def patch_tile(
+    size: tuple[int, int], rows: int, columns: int, channels: int, warps: int, elements: int
+) -> tiles.PatchTile:
+    """Of a map of this size; each thread has so many elements of a patch's pixel."""
+    strips, blocks = -(-size[0] // rows), -(-size[1] // columns)
+    patches = max(1, min(tiles.power_of_2(strips * blocks), 32 * warps * elements // channels))
+    return tiles.PatchTile(rows, columns, patches, channels, warps, -(-strips * blocks // patches))
+
+
 def depthwise_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.PatchTile]:
-    _, channels_last, itemsize, (_, channels, height, width), kernel, stride = args
+    _, channels_last, itemsize, (_, channels, *size), kernel, stride = args
     elements = tile.patches * tile.channels // (32 * tile.warps)
-
-    def made(rows: int, columns: int, block_c: int, warps: int, elements: int = elements) -> tiles.PatchTile:
-        strips, blocks = -(-height // rows), -(-width // columns)
-        patches = max(1, min(tiles.power_of_2(strips * blocks), 32 * warps * elements // block_c))
-        parts = -(-strips * blocks // patches)
-        return tiles.PatchTile(rows, columns, patches, block_c, warps, parts)
-
     if not channels_last:
         return
     for block_c in sorted({tile.channels, 32, 64}):
         for warps in (1, 2, 4):
             for each in (elements, elements // 2):
                 if each and block_c <= 2 * channels:
-                    yield made(tile.rows, tile.columns, block_c, warps, each)
+                    yield patch_tile(size, tile.rows, tile.columns, block_c, warps, each)
     for rows, columns in ((2, 2), (4, 1), (4, 2), (7, 1), (7, 2)):
-        columns = 1 if tiles.is_large(kernel) else columns
-        yield made(min(rows, height), min(columns, width), tile.channels, tile.warps)
+        columns = min(columns, size[1]) if not tiles.is_large(kernel) else 1
+        yield patch_tile(size, min(rows, size[0]), columns, tile.channels, tile.warps, elements)
+
+
+def gradient_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.PatchTile]:
+    _, channels_last, itemsize, (_, channels, height, width), kernel, multiplier, stride = args
+    elements = tile.patches * tile.channels // (32 * tile.warps)
+    size = -(-height // stride[0]), -(-width // stride[1])
+    if not channels_last:
+        return
+    for block_c in sorted({tile.channels, 32, 64}):
+        for warps in (1, 2, 4):
+            for each in (elements, elements // 2):
+                if each and block_c <= 2 * channels:
+                    yield patch_tile(size, tile.rows, tile.columns, block_c, warps, each)
+    for rows, columns in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (7, 1)):
+        yield patch_tile(size, min(rows, size[0]), min(columns, size[1]), tile.channels, tile.warps, elements)
 
 
 def product_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.ProductTile]:
@@ -161,6 +182,7 @@ def dense_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.Produ
 # By what its kernel is called in the report: the module, its function that chooses a tile, and what else it could be.
 CHOICES = {
     "depthwise_conv2d": (depthwise_conv2d, "depthwise_tile", depthwise_variants),
+    "depthwise_conv2d_backward": (depthwise_conv2d_backward, "depthwise_backward_tile", gradient_variants),
     "pointwise_conv2d": (pointwise_conv2d, "pointwise_tile", product_variants),
     "inverted_residual": (inverted_residual, "inverted_residual_tile", block_variants),
     "conv2d": (conv2d, "conv2d_tile", dense_variants),
@@ -171,9 +193,7 @@ CHOICES = {name: (sys.modules[call.__module__], *rest) for name, (call, *rest) i
 
 def choice_of(step: Any) -> tuple | None:
     kernel = step.kernel.removeprefix("Triton ").removesuffix(" + sums")
-    if step.node.op == "inverted_residual":
-        kernel = "inverted_residual"
-    return CHOICES.get(kernel)
+    return CHOICES.get("inverted_residual" if getattr(step.node, "op", "") == "inverted_residual" else kernel)
 
 
 @dataclass
@@ -181,6 +201,7 @@ class Timing:
     """One step with one tile. ``bytes``: inputs, weights and outputs once."""
 
     model: str
+    dtype: str
     batch: int
     way: str
     step: int
@@ -211,40 +232,95 @@ class Trial:
     call: Callable[[], Any]
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """Both gradients of a depthwise layer, with what `timings_of` asks of a plan's step and its row."""
+
+    layer: Convolution
+    call: predict_layers.Call  # as counted
+    run: Callable[[], Any]
+    kernel = "Triton depthwise_conv2d_backward"
+    operation = "gradients"
+    node = None
+
+    @property
+    def name(self) -> str:
+        return str(self.layer)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layer.channels, self.layer.height, self.layer.width
+
+    @property
+    def bytes(self) -> float:
+        return round(self.call.bytes)
+
+    @property
+    def seconds(self) -> float:
+        return self.call.seconds
+
+
+def tiles_of(row: int, step: Any, run: Callable[[], Any], sweep: bool, seen: set[str]) -> Iterator[Trial]:
+    """First with the tile that is chosen, then, if all are to be swept, with others, unless what the rule was asked has
+    been ``seen``."""
+    choice, asked, default = choice_of(step), [], []
+    with ExitStack() as stack:
+        if choice is not None:
+            module, function, variants = choice
+            original = getattr(module, function)
+
+            def noted(*args: Any) -> Any:
+                asked.append(args)
+                default.append(original(*args))
+                return default[-1]
+
+            stack.enter_context(mock.patch.object(module, function, noted))
+        run()
+    if not step.kernel:
+        return
+    tile = default[0] if default else None
+    keys = tuple(tiles.tuned_key(function, arguments) for arguments in asked)
+    yield Trial(row, step, tile, True, keys, run)
+    if not sweep or choice is None or repr(asked) in seen:
+        return
+    seen.add(repr(asked))
+    tried = {tile}
+    for variant in variants(tile, asked[0]):
+        if variant in tried:
+            continue
+        tried.add(variant)
+        with mock.patch.object(module, function, lambda *args, variant=variant: variant):
+            yield Trial(row, step, variant, False, keys, run)
+
+
 def steps_with_tiles(plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool) -> Iterator[Trial]:
-    """Step by step, first with the tile that is chosen, then, if all are to be swept, with others."""
+    """Step by step, each with its tiles."""
     values: dict = dict(zip(plan.inputs, [image], strict=True))
-    seen, row = set(), -1
+    seen: set[str] = set()
+    row = -1
     for step in plan.steps:
         row += bool(step.kernel)
-        choice, asked, default = choice_of(step), [], []
-        with ExitStack() as stack:
-            if choice is not None:
-                module, function, variants = choice
-                original = getattr(module, function)
+        yield from tiles_of(row, step, lambda step=step: step.run(values), sweep, seen)
 
-                def noted(*args: Any, original: Any = original, asked: list = asked, default: list = default) -> Any:
-                    asked.append(args)
-                    default.append(original(*args))
-                    return default[-1]
 
-                stack.enter_context(mock.patch.object(module, function, noted))
-            step.run(values)
-        if not step.kernel:
-            continue
-        tile = default[0] if default else None
-        keys = tuple(tiles.tuned_key(function, arguments) for arguments in asked)
-        yield Trial(row, step, tile, True, keys, lambda step=step: step.run(values))
-        if not sweep or choice is None or repr(asked) in seen:
-            continue
-        seen.add(repr(asked))
-        tried = {tile}
-        for variant in variants(tile, asked[0]):
-            if variant in tried:
-                continue
-            tried.add(variant)
-            with mock.patch.object(module, function, lambda *args, variant=variant: variant):
-                yield Trial(row, step, variant, False, keys, lambda step=step: step.run(values))
+def gradients_with_tiles(model: str, batch: int, dtype: torch.dtype, device: str, sweep: bool) -> Iterator[Trial]:
+    """The same of the gradients of the network's depthwise layers, each layer once."""
+    found = [
+        layer for layer in dict.fromkeys(layers.found(model)) if isinstance(layer, Convolution) and layer.depthwise
+    ]
+    seen: set[str] = set()
+    for row, layer in enumerate(found):
+        shape = batch, layer.channels, layer.height, layer.width
+        x = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+        weight = torch.randn(layer.channels, 1, *layer.kernel, dtype=dtype, device=device)
+        if device == "cuda":  # on the CPU nobody reads it
+            x.normal_()
+        geometry = (layer.stride, layer.stride), layer.padding, (1, 1)
+        y = depthwise_conv2d(x, weight, None, *geometry)
+        kernels = predict_layers.kernels_of(layer, "forward+both", batch, dtype)[1:]  # without the forward pass
+        call = predict_layers.Call(dtype).add(kernels)
+        step = Gradients(layer, call, lambda a=(y, x, weight, *geometry): depthwise_conv2d_backward(*a))
+        yield from tiles_of(row, step, step.run, sweep, seen)
 
 
 def measure_us(call: Callable[[], Any], runs: int = 5) -> float:
@@ -273,24 +349,30 @@ def measure_us(call: Callable[[], Any], runs: int = 5) -> float:
     return 1e3 * statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / count
 
 
-def timings_of(model: str, batch: int, dtype: torch.dtype, way: str, sweep: bool) -> Iterator[tuple[Trial, Timing]]:
-    plan = plan_of(model, batch, dtype, "cuda", way)
-    image = torch.randn(batch, 3, MODELS[model], MODELS[model], dtype=dtype, device="cuda")
-    with torch.no_grad(), common.dependent_launches(plan.device):
-        for trial in steps_with_tiles(plan, image, sweep):
+def timings_of(model: str, batch: int, dtype: str, way: str, sweep: bool) -> Iterator[tuple[Trial, Timing]]:
+    if way == "gradients":
+        trials = gradients_with_tiles(model, batch, DTYPES[dtype], "cuda", sweep)
+    else:
+        plan = plan_of(model, batch, DTYPES[dtype], "cuda", way)
+        image = torch.randn(batch, 3, MODELS[model], MODELS[model], dtype=DTYPES[dtype], device="cuda")
+        trials = steps_with_tiles(plan, image, sweep)
+    with torch.no_grad(), common.dependent_launches(torch.device("cuda")):
+        for trial in trials:
             step, tile = trial.step, trial.tile
             try:
                 us = measure_us(trial.call)
             except Exception as failure:
                 print(f"{model} {batch} {step.kernel} {tile}: {type(failure).__name__} {failure}".splitlines()[0])
                 us = None
-            line = plan.report.rows[trial.row]
-            operation, shape = line.operation, "x".join(map(str, line.shape))
+            if way == "gradients":
+                line, seconds = step, step.seconds
+            else:
+                line, seconds = plan.report.rows[trial.row], step.work.seconds()
             yield (
                 trial,
                 Timing(
-                    *(model, batch, way, trial.row, line.name, operation, shape, step.kernel),
-                    *(line.bytes, 1e6 * step.work.seconds(), "" if tile is None else shorten(tile)),
+                    *(model, dtype, batch, way, trial.row, line.name, line.operation, "x".join(map(str, line.shape))),
+                    *(step.kernel, line.bytes, 1e6 * seconds, "" if tile is None else shorten(tile)),
                     *(trial.is_default, us),
                 ),
             )
@@ -360,8 +442,14 @@ def compile_launch(launch: Launch) -> None:
         print(f"{launch.name} {launch.options}: {type(failure).__name__} {failure}".splitlines()[0], flush=True)
 
 
-def run_all(plan: cuda.CudaPlan, image: torch.Tensor, sweep: bool) -> None:
-    for trial in steps_with_tiles(plan, image, sweep):
+def run_all(job: Job, chip: str | None) -> None:
+    model, batch, dtype, way, sweep = job
+    if way == "gradients":
+        trials = gradients_with_tiles(model, batch, DTYPES[dtype], "cpu", sweep)
+    else:
+        image = torch.empty(batch, 3, MODELS[model], MODELS[model], dtype=DTYPES[dtype])
+        trials = steps_with_tiles(plan_of(model, batch, DTYPES[dtype], "cpu", way, chip), image, sweep)
+    for trial in trials:
         trial.call()
 
 
@@ -370,11 +458,9 @@ def compile_share(jobs: list[Job], chip: str | None, index: int, count: int) -> 
     torch.set_num_threads(1)
     driver.set_active(FakeDriver())
     found: dict[str, Launch] = {}
-    for model, batch, dtype, way, sweep in jobs:
-        plan = plan_of(model, batch, DTYPES[dtype], "cpu", way, chip)
-        image = torch.empty(batch, 3, MODELS[model], MODELS[model], dtype=DTYPES[dtype])
+    for job in jobs:
         with on_cpu_tensors():
-            for launch in record(lambda p=plan, x=image, s=sweep: run_all(p, x, s), 90):
+            for launch in record(lambda job=job: run_all(job, chip), 90):
                 # Of tensors nothing but their dtype is asked, as all of them are aligned.
                 kinds = {k: a.dtype if isinstance(a, torch.Tensor) else a for k, a in launch.arguments.items()}
                 empty = {k: torch.empty(0, dtype=a) if isinstance(a, torch.dtype) else a for k, a in kinds.items()}
@@ -401,7 +487,7 @@ def summary(timings: list[Timing]) -> str:
         default = next(t for t in tried if t.is_default)
         totals[model, batch, way] = totals.get((model, batch, way), 0.0) + (default.us or 0.0)
         best = min((t for t in tried if t.us), key=lambda t: t.us, default=None)
-        if way != "planned" or best is None or default.us is None:
+        if way not in ("planned", "gradients") or best is None or default.us is None:
             continue
         gain = f"best {best.us:7.1f} {best.tile}" if best is not default and best.us < 0.97 * default.us else ""
         speed = default.bytes / default.us / 1e3
@@ -419,7 +505,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[256])
     parser.add_argument("--dtype", default="fp16", choices=DTYPES)
     parser.add_argument("--no-sweep", action="store_true", help="only the tiles that are chosen")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="of fusing blocks")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        default=list(WAYS),
+        choices=(*WAYS, "gradients"),
+        help="of fusing blocks; or the gradients of depthwise layers",
+    )
     parser.add_argument("--keep", action="store_true", help="let later programs use the tiles that were faster")
     parser.add_argument("--compile", action="store_true", help="only compile")
     parser.add_argument("--chip", choices=("H100", "H200"), help="for which fused blocks are chosen while compiling")
@@ -431,7 +523,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit("benchmarks.gpu_tune: needs a GPU, torch sees none; --compile needs none")
     # Other ways of fusing are timed with the tiles that are chosen.
     jobs = [
-        (model, batch, options.dtype, way, way == "planned" and not options.no_sweep)
+        (model, batch, options.dtype, way, way in ("planned", "gradients") and not options.no_sweep)
         for model in options.models
         for batch in options.batch
         for way in options.ways
@@ -442,7 +534,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     timed = []
     for model, batch, dtype, way, sweep in jobs:
-        timed += timings_of(model, batch, DTYPES[dtype], way, sweep)
+        timed += timings_of(model, batch, dtype, way, sweep)
     timings = [timing for _, timing in timed]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as opened:

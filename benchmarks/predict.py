@@ -1,10 +1,11 @@
 """What each step of the family's networks should take on a GPU: ``python -m benchmarks.predict``.
 
-Writes docs/gpu_predictions.md, .csv with every step, and gpu_predictions_layers.csv with every layer of the suite
-(benchmarks/predict_layers.py). The steps are those that `accelerate` plans for CUDA, the times those that it chooses
-fused blocks by (mobilenet_fast/accelerate/roofline.py). What a GPU took has a column of its own, which is empty as long
-as nothing was measured: the prediction is there to be compared with, and to say beforehand which steps deserve work. No
-GPU is needed.
+Writes docs/gpu_predictions.md; its .csv with every step, gpu_predictions_layers.csv with every layer of the suite
+(benchmarks/predict_layers.py), and gpu_predictions_networks.csv. The steps are those that `accelerate` plans for CUDA,
+the times those that it chooses fused blocks by (mobilenet_fast/accelerate/roofline.py). What a GPU took has a column of
+its own, which is empty as long as nothing was measured: the prediction is there to be compared with, and to say
+beforehand which steps deserve work. ``--measured`` fills it from what `benchmarks --device cuda`, `gpu_session`,
+`gpu_tune` and `training --device cuda` wrote; later runs keep it. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import argparse
 import csv
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks import predict_layers
 from benchmarks.gauges import ROOT
+from benchmarks.measured import Measured
 from mobilenet_fast import models
 from mobilenet_fast.accelerate import cuda
 from mobilenet_fast.accelerate.capture import Capture
@@ -57,76 +60,62 @@ def steps_of(model: str, size: int, dtype: torch.dtype = torch.float16) -> dict[
     return found
 
 
-COLUMNS = (
-    "model",
-    "dtype",
-    "batch",
-    "step",
-    "name",
-    "kernel",
-    "output",
-    "bytes",
-    "macs",
-    "bound",
-    "predicted_us",
-    "measured_us",
-)
+STEP = "model", "dtype", "batch", "step", "kernel", "output"
+LAYER = "case", "dtype", "batch", "direction"
+NETWORK = "model", "dtype", "batch", "what"
 
 
-def measured(file: Path, *key: str) -> dict[tuple[str, ...], str]:
-    """What was entered as measured, which predictions made anew leave there."""
-    if not file.exists():
-        return {}
-    with file.open(newline="") as opened:
-        return {tuple(row[name] for name in key): row["measured_us"] for row in csv.DictReader(opened)}
+def step_rows(networks: Networks) -> Iterator[dict]:
+    for (model, dtype), batches in networks.items():
+        for batch, steps in batches.items():
+            for i, (row, work) in enumerate(steps):
+                yield {
+                    "model": model,
+                    "dtype": _name(dtype),
+                    "batch": batch,
+                    "step": i,
+                    "name": row.name,
+                    "kernel": row.kernel,
+                    "output": _shape(row.shape),
+                    "bytes": row.bytes,
+                    "macs": row.macs,
+                    "bound": work.bound(),
+                    "predicted_us": f"{1e6 * work.seconds():.2f}",
+                }
 
 
-def write_csv(networks: Networks, file: Path) -> None:
-    entered = measured(file, "model", "dtype", "batch", "step", "kernel", "output")
-    with file.open("w", newline="") as opened:
-        writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for (model, dtype), batches in networks.items():
-            for batch, steps in batches.items():
-                for i, (row, work) in enumerate(steps):
-                    known = (
-                        model,
-                        _name(dtype),
-                        batch,
-                        i,
-                        row.name,
-                        row.kernel,
-                        _shape(row.shape),
-                        row.bytes,
-                        row.macs,
-                        work.bound(),
-                    )
-                    key = *map(str, known[:4]), row.kernel, _shape(row.shape)
-                    writer.writerow([*known, f"{1e6 * work.seconds():.2f}", entered.get(key, "")])
+def network_rows(networks: Networks) -> Iterator[dict]:
+    """Of inference, by the plan's steps; of training, forward and backward of its layers, and the same by PyTorch's
+    passes."""
+    for (model, dtype), batches in networks.items():
+        for batch, steps in batches.items():
+            seconds = sum(work.seconds() for _, work in steps)
+            known = {"model": model, "dtype": _name(dtype), "batch": batch}
+            yield known | {"what": "inference", "predicted_ms": f"{1e3 * seconds:.3f}", "pytorch_ms": ""}
+            if batch > 1:
+                ours, pytorch = (predict_layers.training_seconds(model, batch, dtype, own) for own in (True, False))
+                predicted = {"predicted_ms": f"{1e3 * ours:.3f}", "pytorch_ms": f"{1e3 * pytorch:.3f}"}
+                yield known | {"what": "training"} | predicted
 
 
-def write_layers(file: Path) -> None:
-    key = "case", "dtype", "batch", "direction"
-    entered = measured(file, *key)
-    rows = list(predict_layers.layer_rows())
+def write(
+    file: Path, rows: list[dict], key: tuple[str, ...], column: str, measured: dict[tuple[str, ...], str]
+) -> None:
+    """With what was measured in the last column, or else was there before."""
+
+    def key_of(row: dict) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in key)
+
+    before = {}
+    if file.exists():
+        with file.open(newline="") as opened:
+            before = {key_of(row): row[column] for row in csv.DictReader(opened)}
     for row in rows:
-        row["measured_us"] = entered.get(tuple(str(row[name]) for name in key), "")
+        row[column] = measured.get(key_of(row)) or before.get(key_of(row), "")
     with file.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def training(names: list[str]) -> str:
-    """Forward and backward of a network's layers, ours and by PyTorch's passes."""
-    rows = []
-    for name in names:
-        for batch in (32, 256):
-            for dtype in DTYPES:
-                ours, pytorch = (predict_layers.training_seconds(name, batch, dtype, own) for own in (True, False))
-                times = f"{1e3 * ours:.2f}", f"{1e3 * pytorch:.2f}", f"{pytorch / ours:.2f}"
-                rows.append((name, _name(dtype), batch, *times, ""))
-    return table(("model", "dtype", "batch", "predicted ms", "PyTorch's passes, ms", "ratio", "measured ms"), rows)
 
 
 def table(heading: tuple[str, ...], rows: list[tuple]) -> str:
@@ -134,39 +123,41 @@ def table(heading: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join([lines[0], "|---" * len(heading) + "|", *lines[1:]])
 
 
-def summary(networks: Networks) -> str:
-    rows = []
+def summary(networks: Networks, rows: list[dict]) -> str:
+    found = {(row["model"], row["dtype"], row["batch"]): row for row in rows if row["what"] == "inference"}
+    lines = []
     for (model, dtype), batches in networks.items():
         for batch, steps in batches.items():
             seconds, bounds = sum(work.seconds() for _, work in steps), Counter()
             for _, work in steps:
                 bounds[work.bound()] += work.seconds()
             shares = ", ".join(f"{bound} {100 * value / seconds:.0f} %" for bound, value in bounds.most_common())
-            megabytes = sum(row.bytes for row, _ in steps) / 1e6 / batch
-            speed = f"{batch / seconds:,.0f}"
-            rows.append(
-                (model, _name(dtype), batch, len(steps), f"{megabytes:.1f}", f"{1e3 * seconds:.3f}", speed, shares, "")
-            )
-    heading = (
-        "model",
-        "dtype",
-        "batch",
-        "kernels",
-        "MB an image",
-        "predicted ms",
-        "images/s",
-        "of it bound by",
-        "measured ms",
-    )
-    return table(heading, rows)
+            row, megabytes = found[model, _name(dtype), batch], sum(row.bytes for row, _ in steps) / 1e6 / batch
+            counted = model, _name(dtype), batch, len(steps), f"{megabytes:.1f}"
+            lines.append((*counted, row["predicted_ms"], f"{batch / seconds:,.0f}", shares, row["measured_ms"]))
+    first = "model", "dtype", "batch", "kernels", "MB an image"
+    return table((*first, "predicted ms", "images/s", "of it bound by", "measured ms"), lines)
 
 
-def details(steps: Steps) -> str:
-    rows = []
-    for i, (row, work) in enumerate(steps):
-        cells = i, row.kernel, _shape(row.shape[1:]), f"{row.bytes / 1e6:.1f}", f"{1e6 * work.seconds():.1f}"
-        rows.append((*cells, work.bound(), ""))
-    return table(("step", "kernel", "output of an image", "MB", "predicted µs", "bound by", "measured µs"), rows)
+def training(rows: list[dict]) -> str:
+    """Forward and backward of a network's layers, ours and by PyTorch's passes."""
+    lines = []
+    for row in rows:
+        if row["what"] == "training":
+            ours, pytorch = float(row["predicted_ms"]), float(row["pytorch_ms"])
+            times = f"{ours:.2f}", f"{pytorch:.2f}", f"{pytorch / ours:.2f}"
+            lines.append((row["model"], row["dtype"], row["batch"], *times, row["measured_ms"]))
+    last = "predicted ms", "PyTorch's passes, ms", "ratio", "measured step, ms"
+    return table(("model", "dtype", "batch", *last), lines)
+
+
+def details(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        output = row["output"].partition("×")[2]  # of one image
+        cells = row["step"], row["kernel"], output, f"{row['bytes'] / 1e6:.1f}", f"{float(row['predicted_us']):.1f}"
+        lines.append((*cells, row["bound"], row["measured_us"]))
+    return table(("step", "kernel", "output of an image", "MB", "predicted µs", "bound by", "measured µs"), lines)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -179,7 +170,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 HEAD = f"""# What an H100 should take
 
-**Predictions, no measurements.** Made by `python -m benchmarks.predict`; every step is in
+**STATUS** Made by `python -m benchmarks.predict`; every step is in
 [gpu_predictions.csv](gpu_predictions.csv). Their constants are fitted to one run of MobileNetV3-Large on an H200
 ([gpu.md](gpu.md)), whose memory is faster; the other networks have not been timed.
 
@@ -208,29 +199,43 @@ Single layers, forward and with each gradient, are in
 """
 
 
-def page(networks: Networks) -> str:
-    names = list(dict.fromkeys(model for model, _ in networks))
-    sections = [
-        f"## {model}, float16, batch {BATCHES[-1]}\n\n{details(steps[BATCHES[-1]])}\n"
-        for (model, dtype), steps in networks.items()
-        if dtype == torch.float16
-    ]
-    return "\n".join([HEAD, summary(networks) + "\n", TRAINING, training(names) + "\n", *sections])
+def page(networks: Networks, steps: list[dict], of_networks: list[dict]) -> str:
+    measured = any(row["measured_us"] for row in steps) or any(row["measured_ms"] for row in of_networks)
+    status = "Predictions; what was measured stands beside them." if measured else "Predictions, no measurements."
+    batch = BATCHES[-1]
+    sections = []
+    for model, dtype in networks:
+        if dtype == torch.float16:
+            rows = [r for r in steps if (r["model"], r["dtype"], r["batch"]) == (model, _name(dtype), batch)]
+            sections.append(f"## {model}, float16, batch {batch}\n\n{details(rows)}\n")
+    tables = [summary(networks, of_networks) + "\n", TRAINING, training(of_networks) + "\n"]
+    return "\n".join([HEAD.replace("STATUS", status), *tables, *sections])
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu_predictions.md")
+    parser.add_argument("--out", type=Path, help="default: docs/gpu_predictions.md, with --model benchmarks/results")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--measured", nargs="+", type=Path, default=[], metavar="CSV", help="of a run on a GPU")
     options = parser.parse_args(arguments)
+    folder = ROOT / "docs" if options.model == list(MODELS) else ROOT / "benchmarks" / "results"
+    out = options.out or folder / "gpu_predictions.md"
+    found = Measured()
+    for file in options.measured:
+        try:
+            found.add(file)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     networks = {(model, dtype): steps_of(model, MODELS[model], dtype) for dtype in DTYPES for model in options.model}
-    options.out.write_text(page(networks), encoding="utf-8")
-    every_step = options.out.with_suffix(".csv")
-    every_layer = options.out.with_name(f"{options.out.stem}_layers.csv")
-    write_csv(networks, every_step)
-    write_layers(every_layer)
-    print(summary(networks))
-    print("written:", options.out, every_step, every_layer)
+    steps, of_networks = list(step_rows(networks)), list(network_rows(networks))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files = [out.with_suffix(".csv"), *(out.with_name(f"{out.stem}_{what}.csv") for what in ("layers", "networks"))]
+    write(files[0], steps, STEP, "measured_us", found.steps)
+    write(files[1], list(predict_layers.layer_rows()), LAYER, "measured_us", found.layers)
+    write(files[2], of_networks, NETWORK, "measured_ms", found.networks)
+    out.write_text(page(networks, steps, of_networks), encoding="utf-8")
+    print(summary(networks, of_networks))
+    print("written:", out, *files)
     return 0
 
 

@@ -20,9 +20,9 @@ from mobilenet_fast.triton_kernels import tiles
 
 BATCHES = (1, 32, 256)
 DTYPES = {torch.float16: "fp16", torch.float32: "fp32"}  # by the suite's names
-# Instructions for each tap of our backward kernel, which loads each column anew for every tap: 6.8 for 3×3 and 7.8 for
-# 5×5 as compiled in float16, 5.6 in float32, of which one gradient's multiply-add is one.
-BACKWARD_TAP = 7.5
+# Instructions for each tap of our backward kernel, beside an epilogue's for each input, as compiled in float16 for
+# stride 1: 42 in all for 3×3, 90 for 5×5, 192 for 7×7. One gradient's multiply-add is one of them.
+BACKWARD_TAP = 3.2
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,11 @@ def _convolution(
 
 def _parts(layer: Convolution, batch: int, dtype: torch.dtype) -> int:
     """That our backward kernel cuts images into."""
-    shape, stride = (batch, layer.channels, layer.height, layer.width), (layer.stride, layer.stride)
-    tile = tiles.depthwise_backward_tile(True, dtype.itemsize, shape, math.prod(layer.kernel), stride)
-    return tiles.depthwise_backward_parts(tile, H100.multiprocessors, shape, stride)
+    shape = batch, layer.channels, layer.height, layer.width
+    tile = tiles.depthwise_backward_tile(
+        *(tiles.H100, True, dtype.itemsize, shape, layer.kernel, 1, (layer.stride, layer.stride))
+    )
+    return tiles.depthwise_backward_parts(tiles.H100, tile, batch, layer.channels)
 
 
 def _batch_norm(x: float, vector: float, activation: bool, training: bool, ours: bool) -> list[Kernel]:
@@ -179,7 +181,6 @@ def layer_rows() -> Iterator[dict]:
                         "macs": round(call.macs),
                         "bound": call.bound,
                         "predicted_us": f"{1e6 * call.seconds:.2f}",
-                        "measured_us": "",
                     }
 
 

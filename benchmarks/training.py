@@ -1,26 +1,32 @@
 """``python -m benchmarks.training``: a training step of whole networks, eager and compiled PyTorch and this package.
 
-A step is forward, cross entropy, backward and SGD with momentum. All peers run in this process in turn, so that a
-change in the machine's speed meets all of them alike; peak memory is that of a process that does two steps of one peer
-and nothing else, less what it held before. Writes a CSV. With ``--depthwise``, the gradients of each depthwise layer of
-the networks alone, ours and PyTorch's in both of its layouts.
+A step is forward, cross entropy, backward and SGD with momentum, in 16 bits under autocast (float16 with a GradScaler).
+All peers run in this process in turn, so that a change in the machine's speed meets all of them alike; peak memory is
+that of a process that does two steps of one peer and nothing else, less what it held before. Writes a CSV. With
+``--depthwise``, the gradients of each depthwise layer of the networks alone, ours and PyTorch's in both of its layouts.
 """
 
 import argparse
 import copy
 import csv
+import functools
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks import report, third_party
+from benchmarks.cases import DTYPES
+from benchmarks.device import CpuDevice, CudaDevice
 from benchmarks.gauges import ROOT
 from mobilenet_fast.cli import positive, thread_count
 
@@ -32,7 +38,16 @@ NETWORKS = {
     "efficientnet_b0": ("torchvision", "efficientnet_b0", 224),
     "xception": ("timm", "legacy_xception", 299),
 }
-PEERS = ("eager", "eager channels_last", "torch.compile channels_last", "replace_layers channels_last")
+PEERS = {
+    "cpu": ("eager", "eager channels_last", "torch.compile channels_last", "replace_layers channels_last"),
+    # With "graph", forward and backward are a CUDA graph, which the optimizer's kernels follow.
+    "cuda": (
+        *("eager", "eager channels_last", "eager channels_last graph", "torch.compile channels_last"),
+        *("torch.compile max-autotune channels_last", "replace_layers channels_last"),
+        "replace_layers channels_last graph",
+    ),
+}
+BATCHES = {"cpu": (16, 8), "cuda": (256, 64)}  # the second for xception, whose pictures are larger
 
 
 def stock(name: str) -> torch.nn.Module:
@@ -43,72 +58,120 @@ def stock(name: str) -> torch.nn.Module:
     return getattr(third_party.torchvision_models(), original)(weights=None)
 
 
-def step_of(peer: str, model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor):
-    """A function that does one step with a copy of the model."""
+def step_of(
+    peer: str, model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype, device: CudaDevice
+) -> Callable[..., torch.Tensor]:
+    """A function that does one step with a copy of the model, and gives the loss."""
     layout = torch.channels_last if "channels_last" in peer else torch.contiguous_format
-    model, x = copy.deepcopy(model).to(memory_format=layout).train(), x.contiguous(memory_format=layout)
+    model = copy.deepcopy(model).to(x.device, memory_format=layout).train()
+    x = x.contiguous(memory_format=layout)
     if peer.startswith("torch.compile"):
-        model = torch.compile(model)
+        model = torch.compile(model, mode="max-autotune" if "max-autotune" in peer else None)
     elif peer.startswith("replace_layers"):
         import mobilenet_fast
 
         model = mobilenet_fast.replace_layers(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    kind = x.device.type
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=kind == "cuda" or None)
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
 
-    def step():
+    def gradients(x: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(x), labels)
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    @functools.cache
+    def captured() -> Callable[[torch.Tensor], torch.Tensor]:
+        return device.capture(gradients, [x])
+
+    def step(_=None) -> torch.Tensor:
+        loss = (captured() if peer.endswith("graph") else gradients)(x)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
 
     return step
 
 
-def data(name: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def data(name: str, batch: int, device: CudaDevice) -> tuple[torch.Tensor, torch.Tensor]:
     size = NETWORKS[name][2]
-    return torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
+    return torch.randn(batch, 3, size, size).to(device.name), torch.randint(0, 1000, (batch,)).to(device.name)
 
 
-def peak_mib(name: str, peer: str, batch: int, threads: int) -> float:
+def peak_mib(*run: object) -> float:
     """Of two steps, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.training", "--peak", json.dumps([name, peer, batch, threads])]
+    command = [sys.executable, "-m", "benchmarks.training", "--peak", json.dumps(run)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 
-def measure_peak(name: str, peer: str, batch: int, threads: int) -> float:
+def measure_peak(name: str, peer: str, batch: int, threads: int, kind: str, dtype: str) -> float:
     torch.set_num_threads(threads)
-    step = step_of(peer, stock(name), *data(name, batch))
-    before = status_kib("VmRSS")
-    step()
-    step()
-    return (status_kib("VmHWM") - before) / 2**10
+    device = device_of(kind)
+    step = step_of(peer, stock(name), *data(name, batch, device), DTYPES[dtype], device)
+    return device.peak_growth_mib(lambda: (step(), step()))
 
 
-def status_kib(name: str) -> int:
-    """Of this process; resource.getrusage would count the parent's memory too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+def device_of(kind: str) -> CudaDevice | CpuDevice:
+    return CudaDevice(cold=False) if kind == "cuda" else CpuDevice()
 
 
-def measure(name: str, peers: list[str], batch: int, rounds: int, threads: int) -> list[dict]:
-    model, (x, labels) = stock(name), data(name, batch)
-    steps = {peer: step_of(peer, model, x, labels) for peer in peers}
-    first = {peer: step() for peer, step in steps.items()}
-    times = {peer: [] for peer in peers}
+def measure(
+    name: str, peers: list[str], batch: int, rounds: int, threads: int, kind: str, dtype: str, seconds: float
+) -> list[dict]:
+    """A row a peer; of one that fails, why."""
+    device = device_of(kind)
+    model, (x, labels) = stock(name), data(name, batch, device)
+    rows, steps = {}, {}
+    for peer in peers:
+        rows[peer] = {"network": name, "peer": peer, "device": kind, "dtype": dtype, "batch": batch, "threads": threads}
+        rows[peer] |= dict.fromkeys(("first_loss", "median_ms", "q1_ms", "q3_ms", "peak_mib", "failed"))
+        with noting_failure(rows[peer]):
+            step = step_of(peer, model, x, labels, DTYPES[dtype], device)
+            rows[peer]["first_loss"] = step().item()
+            steps[peer] = step
+    times = {peer: [] for peer in steps}
     for _ in range(rounds):
         for peer, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[peer].append((time.perf_counter() - start) * 1e3)
-    rows = []
-    for peer in peers:
-        quartiles = statistics.quantiles(times[peer], n=4) if rounds > 1 else [times[peer][0]] * 3
-        row = {"network": name, "peer": peer, "batch": batch, "threads": threads, "first_loss": first[peer]}
-        row |= {"median_ms": statistics.median(times[peer]), "q1_ms": quartiles[0], "q3_ms": quartiles[2]}
-        rows.append(row | {"peak_mib": peak_mib(name, peer, batch, threads)})
-    return rows
+            if not rows[peer]["failed"]:
+                with noting_failure(rows[peer]):
+                    times[peer] += device.time_calls(step, itertools.repeat(x), seconds)
+    times = {peer: taken for peer, taken in times.items() if not rows[peer]["failed"]}
+    for peer, taken in times.items():
+        quartiles = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
+        rows[peer] |= dict(zip(("q1_ms", "median_ms", "q3_ms"), quartiles, strict=True))
+    del steps
+    device.trim()
+    for peer in times:
+        with noting_failure(rows[peer]):
+            rows[peer]["peak_mib"] = peak_mib(name, peer, batch, threads, kind, dtype)
+    return list(rows.values())
+
+
+@contextmanager
+def noting_failure(row: dict) -> Iterator[None]:
+    try:
+        yield
+    except Exception as failure:
+        row["failed"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+
+
+def table(rows: list[dict]) -> str:
+    """Ratios are to the last peer."""
+    lines = [["", "median ms", "quartiles", "× this package", "peak MiB"]]
+    ours = rows[-1]["median_ms"]
+    for row in rows:
+        if row["median_ms"] is None:
+            lines.append([row["peer"], "failed", row["failed"], "", ""])
+            continue
+        digits = 0 if row["device"] == "cpu" else 2
+        quartiles = f"{row['q1_ms']:.{digits}f}–{row['q3_ms']:.{digits}f}"
+        ratio = report.number(ours and row["median_ms"] / ours, "{:.2f}")
+        peak = report.number(row["peak_mib"], "{:.0f}")
+        lines.append([row["peer"], f"{row['median_ms']:.{digits}f}", quartiles, ratio, peak])
+    return report.text_table(lines)
 
 
 def depthwise_layers(names: list[str]) -> list[tuple[int, ...]]:
@@ -185,17 +248,31 @@ def compare_depthwise(names: list[str], batch: int, rounds: int) -> None:
         print(f"{len(found)} layers, × {peer}: mean {statistics.geometric_mean(found):.2f}, least {min(found):.2f}")
 
 
-def main(arguments=None):
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks.training", description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--peer", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--batch", type=positive, help="default: 16, 8 for xception")
+    parser.add_argument("--device", choices=tuple(PEERS), default="cpu")
+    parser.add_argument("--peer", nargs="+", metavar="PEER", help="default: all that the device has")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32; fp16 on cuda")
+    parser.add_argument("--batch", type=positive, help="default: 16, 256 on cuda; xception 8, 64")
     parser.add_argument("--threads", type=thread_count, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "training.csv")
-    parser.add_argument("--depthwise", action="store_true", help="time depthwise layers' gradients instead")
+    parser.add_argument("--depthwise", action="store_true", help="time depthwise layers' gradients instead, on the CPU")
     parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    options.peer = options.peer or PEERS[options.device]
+    for peer in options.peer:
+        if peer not in PEERS[options.device]:
+            parser.error(f"no peer {peer!r} on {options.device}; there are: {', '.join(PEERS[options.device])}")
+    options.dtype = options.dtype or ("fp32" if options.device == "cpu" else "fp16")
+    if options.depthwise and (options.device, options.dtype) != ("cpu", "fp32"):
+        parser.error("--depthwise is of fp32 on the CPU; python -m benchmarks layers --device cuda times a GPU's")
+    return options
+
+
+def main(arguments=None):
+    options = parse(arguments)
     if options.peak:
         print(measure_peak(*options.peak))
         return 0
@@ -203,28 +280,28 @@ def main(arguments=None):
     if options.depthwise:
         compare_depthwise(options.case, options.batch or 16, options.rounds)
         return 0
-    facts = report.conditions()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("benchmarks.training: --device cuda needs a GPU, torch sees none")
+    facts = report.conditions(options.device)
     rows = []
     for name in options.case:
-        batch = options.batch or (8 if name == "xception" else 16)
-        found = measure(name, options.peer, batch, options.rounds, options.threads)
-        table = [["", "median ms", "quartiles", "× this package", "peak MiB"]]
-        ours = found[-1]["median_ms"]
-        for row in found:
-            quartiles = f"{row['q1_ms']:.0f}–{row['q3_ms']:.0f}"
-            ratio = f"{row['median_ms'] / ours:.2f}"
-            table.append([row["peer"], f"{row['median_ms']:.0f}", quartiles, ratio, f"{row['peak_mib']:.0f}"])
-        print(f"{name}, batch {batch}, {options.threads} threads", report.text_table(table), "", sep="\n", flush=True)
+        batch = options.batch or BATCHES[options.device][name == "xception"]
+        setting = options.threads, options.device, options.dtype
+        # On the CPU a turn is one step; on a GPU, as many as fill half a second.
+        seconds = 0 if options.device == "cpu" else 0.5
+        found = measure(name, options.peer, batch, options.rounds, *setting, seconds)
+        where = f"{options.threads} threads" if options.device == "cpu" else facts["gpu"]
+        print(f"{name}, {options.dtype}, batch {batch}, {where}", table(found), "", sep="\n", flush=True)
         rows += found
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "w", newline="") as file:
-        known = {"cpu": facts["cpu"], "isa": facts["isa"], "torch": facts["versions"]["torch"]}
-        known |= {"commit": facts["commit"], "date": facts["date"]}
+        known = {name: facts.get(name, "") for name in ("gpu", "driver", "cpu", "isa")}
+        known |= {"torch": facts["versions"]["torch"], "commit": facts["commit"], "date": facts["date"]}
         writer = csv.DictWriter(file, [*rows[0], *known])
         writer.writeheader()
         writer.writerows(row | known for row in rows)
     print("written:", options.out)
-    return 0
+    return int(any(row["failed"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from .nn.depthwise import is_depthwise
 from .nn.dispatch import activation_name, activation_of, known, unhooked
 from .nn.fusion import PLANS, Chained, Links, RunsChains, run_chain
 from .nn.pointwise import is_pointwise
+from .reference import pair
 
 __all__ = ["Replacement", "replace_layers", "restore_layers"]
 
@@ -50,11 +51,11 @@ def replace_layers(
     Replaced are depthwise and 1x1 `nn.Conv2d`, `nn.BatchNorm2d`, and `nn.Sequential` with any subclass that leaves
     its forward alone (it becomes a `FusedSequential`, which runs convolution, batch norm and activation as one kernel
     call); torchvision's `SqueezeExcitation`; timm's `BatchNormAct2d`, `Conv2dSame`, `SqueezeExcite` and `SEModule`; the
-    blocks of both's EfficientNets and MobileNets, and timm's Xception; of timm's networks of these kinds all before
-    the head is one chain. What gains is inference under `torch.no_grad` or `torch.inference_mode` on tensors that
-    `mobilenet_fast.functional` has kernels for, and training: on the CPU in float32 and float64, of whole blocks, in
-    time and memory; on GPUs of depthwise convolutions, batch norms with their activations, and squeeze-excite. Other
-    training, other devices and export run as before.
+    blocks of both's EfficientNets and MobileNets, of transformers' MobileNets, and timm's Xception; of timm's networks
+    of these kinds all before the head is one chain. What gains is inference under `torch.no_grad` or
+    `torch.inference_mode` on tensors that `mobilenet_fast.functional` has kernels for, and training: on the CPU in
+    float32 and float64, of whole blocks, in time and memory; on GPUs of depthwise convolutions, batch norms with their
+    activations, and squeeze-excite. Other training, other devices and export run as before.
 
     Args:
         model: any module; it is changed in place.
@@ -74,14 +75,18 @@ def replace_layers(
     """
     _check_module("replace_layers", model)
     rows, found = [], []
+    of_parents: dict[int, type[nn.Module]] = {}
     for name, module in model.named_modules():
         layer, reason = _faster_layer(module)
+        layer = of_parents.get(id(module), layer)
         if layer is None and not reason:
             continue
         if filter_fn is not None and not filter_fn(name, module):
             layer, reason = None, _REFUSED
         if layer is not None:
             found.append((module, layer))
+            if layer is PaddedLayer:
+                of_parents |= PaddedLayer.convolutions_that_pad(module)
         rows.append(Replacement(name, type(module).__name__, layer and layer.__name__, reason))
     if strict and (left := [row for row in rows if row.reason not in ("", _REFUSED)]):
         lines = "; ".join(f"{row.name or 'the model'} ({row.layer}): {row.reason}" for row in left)
@@ -250,6 +255,25 @@ class Block(Chained):
         return super().forward(input if x is None else x)
 
 
+class PaddedLayer(Block):
+    """A convolution layer of transformers' MobileNets. Where its configuration asks for TensorFlow's padding it pads
+    what its convolution gets; here its convolution does so itself."""
+
+    def links(self) -> Links | None:
+        return None if self._pads() else super().links()
+
+    def plain_forward(self, input):
+        return super().plain_forward(input) if self._pads() else Chained.plain_forward(self, input)
+
+    def _pads(self) -> bool:
+        return bool(PaddedLayer.convolutions_that_pad(self)) and not isinstance(self.convolution, fast.Conv2dSame)
+
+    def convolutions_that_pad(self) -> dict[int, type[nn.Module]]:
+        """By the module's id, what it is to be replaced by."""
+        pads = self.config.tf_padding and not is_pointwise(self.convolution)
+        return {id(self.convolution): fast.Conv2dSame} if pads else {}
+
+
 _SHORTCUT = "_shortcut"
 
 
@@ -298,6 +322,7 @@ def _passes_through(drop_path: nn.Module | None) -> bool:
     return not drops and unhooked(drop_path)
 
 
+_PADDED = ("convolution", "normalization", "activation"), None, None
 # The modules in the order of use; the attribute that says whether the input is added; what may drop the rest.
 _BLOCKS = {
     "torchvision.models.efficientnet.FusedMBConv": (("block",), "use_res_connect", "stochastic_depth"),
@@ -305,6 +330,23 @@ _BLOCKS = {
     "torchvision.models.mnasnet._InvertedResidual": (("layers",), "apply_residual", None),
     "torchvision.models.mobilenetv2.InvertedResidual": (("conv",), "use_res_connect", None),
     "torchvision.models.mobilenetv3.InvertedResidual": (("block",), "use_res_connect", None),
+    "transformers.models.efficientnet.modeling_efficientnet.EfficientNetExpansionLayer": (
+        ("expand_conv", "expand_bn", "expand_act"),
+        None,
+        None,
+    ),
+    "transformers.models.mobilenet_v1.modeling_mobilenet_v1.MobileNetV1ConvLayer": _PADDED,
+    "transformers.models.mobilenet_v2.modeling_mobilenet_v2.MobileNetV2ConvLayer": _PADDED,
+    "transformers.models.mobilenet_v2.modeling_mobilenet_v2.MobileNetV2InvertedResidual": (
+        ("expand_1x1", "conv_3x3", "reduce_1x1"),
+        "use_residual",
+        None,
+    ),
+    "transformers.models.mobilenet_v2.modeling_mobilenet_v2.MobileNetV2Stem": (
+        ("first_conv", "expand_1x1", "conv_3x3", "reduce_1x1"),
+        None,
+        None,
+    ),
     "timm.models.xception.SeparableConv2d": (("conv1", "pointwise"), None, None),
     "timm.layers.conv_bn_act.ConvNormAct": (("conv", "bn", "aa"), None, None),
     "timm.models._efficientnet_blocks.ConvBnAct": (("conv", "bn1", "aa"), "has_skip", "drop_path"),
@@ -350,9 +392,22 @@ def _qualified_name(kind: type) -> str:
 
 def _faster_block(block: nn.Module) -> tuple[type[nn.Module] | None, str]:
     # Another release may use other parts: the attributes that its forward reads say so.
-    names, *others = _BLOCKS[_qualified_name(type(block))]
-    read = [name for name in type(block).forward.__code__.co_names if name not in (*others, "getattr")]
-    return (Block, "") if read == list(names) else (None, "")
+    parts = _BLOCKS[_qualified_name(type(block))]
+    names, *others = parts
+    others += ["getattr", *(("config", "tf_padding", "apply_tf_padding") if parts is _PADDED else ())]
+    read = [name for name in type(block).forward.__code__.co_names if name not in others]
+    if read != list(names) or (parts is _PADDED and not _pads_as_known(block)):
+        return None, ""
+    return (PaddedLayer if parts is _PADDED else Block), ""
+
+
+def _pads_as_known(layer: nn.Module) -> bool:
+    """Whether a layer of transformers, if it pads at all, does so as `Conv2dSame`."""
+    conv = layer.convolution
+    if not layer.config.tf_padding:
+        return True
+    one_of_both = (1, 1) in (pair(conv.dilation), pair(conv.stride))
+    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and pair(conv.padding) == (0, 0) and one_of_both
 
 
 def _faster_xception_block(block: nn.Module) -> tuple[type[nn.Module] | None, str]:

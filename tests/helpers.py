@@ -213,6 +213,13 @@ def import_torchvision():
     return torchvision
 
 
+def import_transformers():
+    import_torchvision()
+    import transformers
+
+    return transformers
+
+
 def import_timm():
     """timm, which imports torchvision."""
     import_torchvision()

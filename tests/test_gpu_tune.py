@@ -42,6 +42,25 @@ def test_every_step_is_launched_with_its_tile_and_others(plan):
     assert len(set(tried)) == len(tried) > 3 * len(rows)
 
 
+def test_gradients_are_launched_with_their_tiles():
+    found = []
+
+    def run():
+        for trial in gpu_tune.gradients_with_tiles(MODEL, 2, torch.float16, "cpu", True):
+            trial.call()
+            found.append(trial)
+
+    with gpu_tune.on_cpu_tensors():
+        launches = gpu_tune.record(run, 90)
+    assert {launch.kernel.__name__ for launch in launches} == {"_forward", "_backward"}
+    by_default = [trial for trial in found if trial.is_default]
+    assert len(by_default) == len({trial.step.name for trial in found}) == 9
+    assert len(found) > 4 * len(by_default) and all(len(trial.keys) == 1 for trial in found)
+    step = by_default[0].step
+    assert step.name.startswith("depthwise_conv2d 16x112x112") and step.seconds > 0
+    assert step.bytes >= 2 * 2 * (2 * 16 * 112**2 + 16 * 56**2)
+
+
 def test_a_launch_is_compiled_without_a_gpu(plan, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(driver, "_active", gpu_tune.FakeDriver())
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -62,14 +81,16 @@ def test_ways_of_fusing(plan):
 
 
 def test_summary_names_what_is_faster():
-    first = gpu_tune.Timing(MODEL, 1, "planned", 0, "", "", "1x8x7x7", "Triton conv2d", 1000, 1.0, "a=1", True, 4.0)
+    first = gpu_tune.Timing(
+        MODEL, "fp16", 1, "planned", 0, "", "", "1x8x7x7", "Triton conv2d", 1000, 1.0, "a=1", True, 4.0
+    )
     found = gpu_tune.summary([first, replace(first, tile="a=2", is_default=False, us=2.0), replace(first, way="all")])
     assert "best     2.0 a=2" in found and found.splitlines()[-1] == f"{MODEL} batch 1 all: 4 us"
 
 
 def test_faster_tiles_are_kept_for_this_chip(plan, monkeypatch, tmp_path):
     image = torch.empty(1, 3, 224, 224, dtype=torch.float16)
-    timing = gpu_tune.Timing(MODEL, 1, "planned", 0, "", "", "", "", 1000, 1.0, "", True, None)
+    timing = gpu_tune.Timing(MODEL, "fp16", 1, "planned", 0, "", "", "", "", 1000, 1.0, "", True, None)
     monkeypatch.setenv("MOBILENET_FAST_TILES", str(tmp_path / "made" / "tiles.json"))
     timed = []
 

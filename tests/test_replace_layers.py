@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from helpers import import_timm, import_torchvision
+from helpers import import_timm, import_torchvision, import_transformers
 from model_parity import assert_parity, pictures, randomise_batch_norm
 from torch import nn
 from tutorial_mobilenet_v3 import TutorialMobileNetV3
 
-from mobilenet_fast import _C, functional, reference, replace_layers, restore_layers
+from mobilenet_fast import _C, functional, reference, replace_layers, restore_layers, training_report
 from mobilenet_fast import nn as fast
 
 
@@ -56,6 +56,26 @@ def timm_model(name):
     return lambda: import_timm().create_model(name, num_classes=50)
 
 
+class Logits(nn.Module):
+    """A network of transformers, whose output is its logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).logits
+
+
+def transformers_model(version, **options):
+    def make():
+        package = import_transformers()
+        config = getattr(package, f"MobileNetV{version}Config")(num_labels=50, **options)
+        return Logits(getattr(package, f"MobileNetV{version}ForImageClassification")(config))
+
+    return make
+
+
 MODELS = {
     "mobilenet_v3_large": torchvision_model("mobilenet_v3_large"),
     "mobilenet_v3_small": torchvision_model("mobilenet_v3_small"),
@@ -66,6 +86,9 @@ MODELS = {
     "timm-tf_efficientnet_lite0": timm_model("tf_efficientnet_lite0"),
     "timm-mobilenetv4_conv_small": timm_model("mobilenetv4_conv_small"),
     "timm-efficientnet_b0": timm_model("efficientnet_b0"),
+    "transformers-mobilenet_v1": transformers_model(1),
+    "transformers-mobilenet_v2": transformers_model(2),
+    "transformers-mobilenet_v2-symmetric": transformers_model(2, tf_padding=False, output_stride=16),
     "own": OwnNetwork,
     "tutorial": TutorialMobileNetV3,
 }
@@ -181,10 +204,13 @@ def test_copies_and_pickles(model):
 def test_all_hooks_fire_once_a_call(network, model):
     x = pictures(1, 3, 64, 64, seed=1)
 
+    def first(y):
+        return y if isinstance(y, torch.Tensor) else y[0]
+
     def observed(model):
         seen = []
         for name, module in model.named_modules():
-            module.register_forward_hook(lambda m, args, y, name=name: seen.append((name, y.clone())))
+            module.register_forward_hook(lambda m, args, y, name=name: seen.append((name, first(y).clone())))
         with torch.no_grad():
             model(x)
         return seen
@@ -362,6 +388,43 @@ def test_timm_drops_paths_in_training():
     torch.testing.assert_close(stock(x), replaced(x))
     with torch.no_grad():
         torch.testing.assert_close(stock(x), replaced(x))
+
+
+def test_transformers_padding():
+    """What pads is one of both, whatever is refused, restored, or run layer by layer because of a hook."""
+    config = import_transformers().MobileNetV2Config(num_labels=5)
+    torch.manual_seed(0)
+    stock = import_transformers().MobileNetV2ForImageClassification(config).eval()
+    name = "mobilenet_v2.layer.0.conv_3x3"
+    x = pictures(1, 3, 50, 37, seed=1)
+
+    def logits(model):
+        return model(x).logits
+
+    expected = logits(stock)
+    for refused in (None, name, f"{name}.convolution", "mobilenet_v2.conv_stem.first_conv"):
+        model = replace_layers(copy.deepcopy(stock), filter_fn=lambda n, module, refused=refused: n != refused)
+        layer = model.get_submodule(name)
+        assert isinstance(layer.convolution, fast.Conv2dSame) == (refused is None or "stem" in refused)
+        for with_gradients in (True, False):
+            with torch.set_grad_enabled(with_gradients):
+                torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+        seen = []
+        layer.normalization.register_forward_hook(lambda *call, seen=seen: seen.append(call[2].shape))
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+        assert seen == [(1, 96, 13, 10)]
+        restore_layers(layer)
+        assert type(layer.convolution) is nn.Conv2d
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_transformers_train_as_one():
+    config = import_transformers().MobileNetV2Config(num_labels=5)
+    model = replace_layers(import_transformers().MobileNetV2ForImageClassification(config)).train()
+    parts = training_report(model)
+    blocks = [part for part in parts if part.is_block]
+    assert len(blocks) == 18 and sum(part.adds_input for part in blocks) == 10
+    assert blocks == parts
 
 
 def test_containers_with_an_order_of_their_own_stay():

@@ -430,6 +430,33 @@ def test_a_block_keeps_little(monkeypatch):
     assert ours <= 0.45 * stock
 
 
+@pytest.mark.parametrize("stem", (False, True))
+def test_an_expansion_before_a_stride_is_not_kept(stem, monkeypatch):
+    """But computed again, also where a projection, not the block's input, is what it reads."""
+    module = fast.InvertedResidual(16, 64, 24, 3, stride=2, squeeze_channels=8)
+    if stem:
+        module = fast.FusedSequential(fast.ConvNormAct(16, 16, groups=16), fast.ConvNormAct(16, 16, 1), module)
+    x = image(4, 16, 28, 28)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_FEW_CHANNELS", 0)
+        whole = saved_bytes(module, x)
+    assert saved_bytes(module, x) == whole - 4 * 64 * 28 * 28 * 4
+    check(module, x, monkeypatch, blocks=1)
+    y = module(image(4, 16, 28, 28).requires_grad_())
+    first, second = (torch.autograd.grad(y.sum(), list(module.parameters()), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize(
+    "name", ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "mnasnet1_0", "efficientnet_b0")
+)
+def test_networks_keep_little(name):
+    stock = getattr(import_torchvision().models, name)().train()
+    x = torch.randn(2, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    ours = saved_bytes(mobilenet_fast.replace_layers(copy.deepcopy(stock)), x.clone())
+    assert ours <= 0.45 * saved_bytes(stock, x.clone())
+
+
 def test_bfloat16_is_kept_under_autocast(monkeypatch):
     module = fast.InvertedResidual(40, 120, 40, 5, squeeze_channels=32)
     wide = saved_bytes(module, image(4, 40, 28, 28))

@@ -10,7 +10,9 @@ The filter's strides are constants, as they belong to the layer: that saves regi
 
 The gradients of input and weight share one kernel. With stride S, input pixels fall into S·S classes by what is left of
 their coordinates, and those of a class meet the same taps of the filter: for them the gradient is a convolution of
-stride 1 with these taps, and the weight's gradient sums products of the same two tiles.
+stride 1 with these taps, and the weight's gradient sums products of the same two tiles. A thread has a patch here as
+well: it holds the inputs of one, goes through the columns of the outputs' gradients that meet it, and adds each to the
+sums of the input's gradient and, multiplied by inputs, to those of the taps.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from .common import (
     on_device,
     output_format,
     patch_pointers,
-    row_pointers,
     strides,
     vector_of,
     wait_for_inputs,
@@ -40,7 +41,6 @@ from .tiles import (
     chip_of,
     depthwise_backward_parts,
     depthwise_backward_tile,
-    depthwise_backward_tiles,
     depthwise_tile,
     is_large,
 )
@@ -60,8 +60,15 @@ def tap_of(distance, index, stride, dilation, taps):
 
 
 @triton.constexpr_function
-def _reaches_back(dy, offset, rows, stride, dilation, taps):
-    """The same of an output row and the input rows that lie ``offset`` rows below."""
+def tap_back(dy, offset, stride, dilation, taps):
+    """The tap by which an output row meets an input row that lies ``offset - dy * stride`` below its first, or -1."""
+    tap, rest = divmod(offset - dy * stride, dilation)
+    return tap if rest == 0 and 0 <= tap < taps else -1
+
+
+@triton.constexpr_function
+def reaches_back(dy, offset, rows, stride, dilation, taps):
+    """Whether it meets one of so many input rows of a class."""
     return any((dy - row) * stride == offset - ky * dilation for row in range(rows) for ky in range(taps))
 
 
@@ -249,9 +256,9 @@ def _backward(
     grad_x_channel_stride,
     grad_x_row_stride,
     grad_x_column_stride,
-    weight_channel_stride,
-    weight_row_stride,
-    weight_column_stride,
+    WEIGHT_CHANNEL_STRIDE: tl.constexpr,
+    WEIGHT_ROW_STRIDE: tl.constexpr,
+    WEIGHT_COLUMN_STRIDE: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -264,7 +271,8 @@ def _backward(
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PATCHES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Gradients of input and weight, each if there is a pointer for it. ``partial_ptr``: (parts, M, kH, kW, C)."""
@@ -286,88 +294,107 @@ def _backward(
     part = tl.program_id(0) // channel_blocks
     parts = tl.num_programs(0) // channel_blocks
     # Of a class of input pixels: those whose coordinates leave the same rest divided by the stride.
-    column_blocks = tl.cdiv(tl.cdiv(width, STRIDE_W), BLOCK_W)
     strips = tl.cdiv(tl.cdiv(height, STRIDE_H), ROWS)
+    if CHANNELS_LAST:
+        column_blocks = tl.cdiv(tl.cdiv(width, STRIDE_W), COLUMNS)
+        blocks = tl.cdiv(strips * column_blocks, PATCHES)
+    else:
+        column_blocks = tl.cdiv(tl.cdiv(width, STRIDE_W), PATCHES * COLUMNS)
+        blocks = strips * column_blocks
+    # The outputs' rows and columns that meet a patch, from its own on.
+    FIRST_DY: tl.constexpr = (PADDING_H - (KERNEL_H - 1) * DILATION_H) // STRIDE_H
+    END_DY: tl.constexpr = (STRIDE_H - 1 + PADDING_H) // STRIDE_H + ROWS
+    FIRST_DX: tl.constexpr = (PADDING_W - (KERNEL_W - 1) * DILATION_W) // STRIDE_W
+    END_DX: tl.constexpr = (STRIDE_W - 1 + PADDING_W) // STRIDE_W + COLUMNS
 
+    zeros = tl.zeros([PATCHES, BLOCK_C], ACC)
     weight_sums = ()
     if partial_ptr is not None:
         for _ in tl.static_range(MULTIPLIER * KERNEL_H * KERNEL_W):
-            weight_sums += (tl.zeros([BLOCK_W, BLOCK_C], ACC),)
-    for tile in range(part, images * strips * column_blocks, parts):
-        column = tile % column_blocks * BLOCK_W + tl.arange(0, BLOCK_W)
-        first_row = tile // column_blocks % strips * ROWS
-        image = tile // (column_blocks * strips)
+            weight_sums += (zeros,)
+    for tile in range(part, images * blocks, parts):
+        image = tl.cast(tile // blocks, tl.int64)
+        block = tile % blocks
+        if CHANNELS_LAST:
+            patch = block * PATCHES + tl.arange(0, PATCHES)
+            row = patch // column_blocks * ROWS
+            column = patch % column_blocks * COLUMNS
+        else:
+            row = tl.full([PATCHES], block // column_blocks * ROWS, tl.int32)
+            column = (block % column_blocks * PATCHES + tl.arange(0, PATCHES)) * COLUMNS
         for py in tl.static_range(STRIDE_H):
             for px in tl.static_range(STRIDE_W):
+                x_row = row * STRIDE_H + py
                 x_column = column * STRIDE_W + px
-                columns_here = (x_column < width)[:, None] & channels_here[None, :]
+                if partial_ptr is not None:
+                    first = patch_pointers(
+                        x_ptr, x_strides, x_row_stride, image, x_row, x_column, channel, CHANNELS_LAST
+                    )
                 xs = ()
                 totals = ()
-                for row in tl.static_range(ROWS):
-                    totals += (tl.zeros([BLOCK_W, BLOCK_C], ACC),)
-                    if partial_ptr is not None:
-                        x_row = (first_row + row) * STRIDE_H + py
-                        pointers = row_pointers(
-                            x_ptr, x_strides, x_row_stride, image, x_row, x_column, channel, CHANNELS_LAST
-                        )
-                        xs += (tl.load(pointers, columns_here & (x_row < height), 0.0).to(ACC),)
+                for i in tl.static_range(ROWS):
+                    for j in tl.static_range(COLUMNS):
+                        totals += (zeros,)
+                        if partial_ptr is not None:
+                            here = within(x_row + i * STRIDE_H, height) & within(x_column + j * STRIDE_W, width)
+                            pointers = first + (
+                                tl.cast(i * STRIDE_H, tl.int64) * x_row_stride + j * STRIDE_W * x_strides[1]
+                            )
+                            xs += (tl.load(pointers, here[:, None] & channels_here[None, :], 0.0).to(ACC),)
                 for m in tl.static_range(MULTIPLIER):
-                    for kx in tl.static_range(KERNEL_W):
-                        if (px + PADDING_W - kx * DILATION_W) % STRIDE_W == 0:
-                            y_column = column + (px + PADDING_W - kx * DILATION_W) // STRIDE_W
-                            columns_inside = (y_column >= 0) & (y_column < out_width)
-                            columns_inside = columns_inside[:, None] & channels_here[None, :]
-                            y_channel = channel * MULTIPLIER + m
-                            taps = ()
-                            for ky in tl.static_range(KERNEL_H):
-                                if grad_x_ptr is not None:
-                                    pointers = weight_ptr + y_channel * weight_channel_stride
-                                    pointers += ky * weight_row_stride + kx * weight_column_stride
-                                    taps += (tl.load(pointers, channels_here, 0.0).to(ACC)[None, :],)
-                            for dy in tl.static_range(
-                                (PADDING_H - (KERNEL_H - 1) * DILATION_H) // STRIDE_H,
-                                (STRIDE_H - 1 + PADDING_H) // STRIDE_H + ROWS,
-                            ):
-                                if _reaches_back(dy, py + PADDING_H, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
-                                    y_row = first_row + dy
-                                    inside = columns_inside & (y_row >= 0) & (y_row < out_height)
-                                    pointers = row_pointers(
-                                        grad_y_ptr,
-                                        y_strides,
-                                        y_row_stride,
-                                        image,
-                                        y_row,
-                                        y_column,
-                                        y_channel,
-                                        CHANNELS_LAST,
-                                    )
-                                    grad_y = tl.load(pointers, inside, 0.0).to(ACC)
-                                    for row in tl.static_range(ROWS):
-                                        for ky in tl.static_range(KERNEL_H):
-                                            if (dy - row) * STRIDE_H == py + PADDING_H - ky * DILATION_H:
+                    y_channel = channel * MULTIPLIER + m
+                    first = patch_pointers(
+                        grad_y_ptr, y_strides, y_row_stride, image, row, column, y_channel, CHANNELS_LAST
+                    )
+                    filter_ptr = weight_ptr + y_channel * WEIGHT_CHANNEL_STRIDE
+                    for dx in tl.static_range(FIRST_DX, END_DX):
+                        if reaches_back(dx, px + PADDING_W, COLUMNS, STRIDE_W, DILATION_W, KERNEL_W):
+                            columns_inside = within(column + dx, out_width)
+                            grads = ()
+                            for dy in tl.static_range(FIRST_DY, END_DY):
+                                grad = zeros  # a row that nobody meets
+                                if reaches_back(dy, py + PADDING_H, ROWS, STRIDE_H, DILATION_H, KERNEL_H):
+                                    inside = columns_inside & within(row + dy, out_height)
+                                    pointers = first + (tl.cast(dy, tl.int64) * y_row_stride + dx * y_strides[1])
+                                    grad = tl.load(pointers, inside[:, None] & channels_here[None, :], 0.0).to(ACC)
+                                grads += (grad,)
+                            for j in tl.static_range(COLUMNS):
+                                if tap_back(dx - j, px + PADDING_W, STRIDE_W, DILATION_W, KERNEL_W) >= 0:
+                                    for ky in tl.static_range(KERNEL_H):
+                                        if (py + PADDING_H - ky * DILATION_H) % STRIDE_H == 0:
+                                            if grad_x_ptr is not None:
+                                                pointers = filter_ptr + ky * WEIGHT_ROW_STRIDE
+                                                pointers += WEIGHT_COLUMN_STRIDE * tap_back(
+                                                    dx - j, px + PADDING_W, STRIDE_W, DILATION_W, KERNEL_W
+                                                )
+                                                tap = tl.load(pointers, channels_here, 0.0).to(ACC)[None, :]
+                                            for i in tl.static_range(ROWS):
+                                                grad = grads[
+                                                    i + (py + PADDING_H - ky * DILATION_H) // STRIDE_H - FIRST_DY
+                                                ]
                                                 if grad_x_ptr is not None:
-                                                    totals = add_to(totals, row, grad_y * taps[ky])
+                                                    totals = add_to(totals, i * COLUMNS + j, grad * tap)
                                                 if partial_ptr is not None:
                                                     weight_sums = add_to(
                                                         weight_sums,
-                                                        (m * KERNEL_H + ky) * KERNEL_W + kx,
-                                                        grad_y * xs[row],
+                                                        (m * KERNEL_H + ky) * KERNEL_W
+                                                        + tap_back(
+                                                            dx - j, px + PADDING_W, STRIDE_W, DILATION_W, KERNEL_W
+                                                        ),
+                                                        grad * xs[i * COLUMNS + j],
                                                     )
                 if grad_x_ptr is not None:
-                    for row in tl.static_range(ROWS):
-                        x_row = (first_row + row) * STRIDE_H + py
-                        pointers = row_pointers(
-                            grad_x_ptr,
-                            grad_x_strides,
-                            grad_x_row_stride,
-                            image,
-                            x_row,
-                            x_column,
-                            channel,
-                            CHANNELS_LAST,
-                        )
-                        total = totals[row].to(grad_x_ptr.dtype.element_ty)
-                        tl.store(pointers, total, columns_here & (x_row < height))
+                    first = patch_pointers(
+                        grad_x_ptr, grad_x_strides, grad_x_row_stride, image, x_row, x_column, channel, CHANNELS_LAST
+                    )
+                    for i in tl.static_range(ROWS):
+                        for j in tl.static_range(COLUMNS):
+                            here = within(x_row + i * STRIDE_H, height) & within(x_column + j * STRIDE_W, width)
+                            pointers = first + (
+                                tl.cast(i * STRIDE_H, tl.int64) * grad_x_row_stride + j * STRIDE_W * grad_x_strides[1]
+                            )
+                            total = totals[i * COLUMNS + j].to(grad_x_ptr.dtype.element_ty)
+                            tl.store(pointers, total, here[:, None] & channels_here[None, :])
     if partial_ptr is not None:
         for k in tl.static_range(MULTIPLIER * KERNEL_H * KERNEL_W):
             pointers = partial_ptr + (part * (MULTIPLIER * KERNEL_H * KERNEL_W) + k) * channels + channel
@@ -465,13 +492,13 @@ def depthwise_conv2d_backward(
     grad_output, input = arrange(grad_output, channels_last), arrange(input, channels_last)
     # Dense, whatever strides the input has: of pixels that share memory, each has a gradient of its own.
     grad_input = torch.empty_like(input, memory_format=output_format(input, weight)) if need_input else None
-    taps = multiplier * kernel_h * kernel_w
-    tile = depthwise_backward_tile(channels_last, input.element_size(), input.shape, taps, stride)
-    channel_blocks = triton.cdiv(channels, tile.channels)
+    tile = depthwise_backward_tile(
+        *(chip_of(input), channels_last, input.element_size(), tuple(input.shape)),
+        *((kernel_h, kernel_w), multiplier, stride),
+    )
+    channel_blocks, parts = triton.cdiv(channels, tile.channels), batch * tile.parts
     if need_weight:
-        parts = depthwise_backward_parts(tile, chip_of(input).multiprocessors, input.shape, stride)
-    else:
-        parts = depthwise_backward_tiles(tile, input.shape, stride)
+        parts = depthwise_backward_parts(chip_of(input), tile, batch, channels)
     partial = None
     if need_weight:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -497,7 +524,8 @@ def depthwise_conv2d_backward(
                 CHANNELS_LAST=channels_last,
                 VECTOR=vector_of(channels_last, *(t for t in (input, grad_output, grad_input) if t is not None)),
                 ROWS=tile.rows,
-                BLOCK_W=tile.columns,
+                COLUMNS=tile.columns,
+                PATCHES=tile.patches,
                 BLOCK_C=tile.channels,
                 num_warps=tile.warps,
             )

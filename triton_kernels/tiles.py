@@ -147,22 +147,6 @@ class PatchTile:
     parts: int  # programs an image, of a block of channels
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Of a depthwise convolution: the piece of an image that a program computes, all its rows in registers at once."""
-
-    rows: int
-    columns: int
-    channels: int
-    warps: int
-
-    def strips(self, height: int) -> int:
-        return -(-height // self.rows)
-
-    def blocks(self, width: int) -> int:
-        return -(-width // self.columns)
-
-
 def power_of_2(size: int) -> int:
     """The least power of two that is no smaller."""
     return 1 << max(0, size - 1).bit_length()
@@ -237,47 +221,64 @@ def depthwise_tile(
     return PatchTile(rows, columns, patches, block_c, warps, parts)
 
 
+@_tunable(PatchTile)
 def depthwise_backward_tile(
-    channels_last: bool, itemsize: int, in_shape: tuple[int, ...], taps: int, stride: tuple[int, int]
-) -> Tile:
-    """A thread holds a sum for each tap, of all filters of a channel, and element of its own: 50, of float64 25, leave
-    room in 255 registers; of float32, whose inputs take twice the registers of 16-bit types, 49."""
+    chip: Chip,
+    channels_last: bool,
+    itemsize: int,
+    in_shape: tuple[int, ...],
+    kernel: tuple[int, int],
+    multiplier: int,
+    stride: tuple[int, int],
+) -> PatchTile:
+    """Patches of 7 × 2 inputs, whose gradients' loads serve all their taps, where registers allow: a thread holds for
+    each of its channels the patch's inputs and sums, a column of the outputs' gradients, a sum for each tap and the
+    taps of a column, beside what the compiler takes for addresses, of which stride 2 has four classes, and contiguous
+    images, in which a patch is one column wide, the most. Two channels a thread: four would leave eight warps a
+    multiprocessor, not twelve.
+    """
     _, channels, height, width = in_shape
-    room = {2: 50, 4: 49, 8: 25}[itemsize]
-    elements = min(16 // itemsize, 1 << max(0, (room // taps).bit_length() - 1))
-    rows = _even(-(-height // stride[0]), 2)
-    return _tile(channels_last, itemsize, channels, -(-width // stride[1]), rows, elements)
+    class_height, class_width = -(-height // stride[0]), -(-width // stride[1])
+    apart = stride != (1, 1)
+    words, taps = max(1, itemsize // 4), multiplier * kernel[0] * kernel[1]
+    room = 110 if not channels_last else 100 if apart else 140 if itemsize == 2 and chip.capability < 100 else 136
+
+    def fits(rows: int, columns: int, elements: int) -> bool:
+        return words * elements * (2 * rows * columns + rows + 2 * kernel[0] + taps) <= room
+
+    tall = channels_last and not (itemsize == 2 and chip.capability >= 100)  # where more spills
+    tallest, widest = 2 if apart else 7 if tall else 4, 2 if channels_last else 1
+    most = 2 if channels_last and not apart else 4
+    choices = (
+        (rows, columns, elements)
+        for patches in (((7, 2), (4, 2), (4, 1), (2, 2)), ((2, 1), (1, 1)))
+        for elements in (4, 2, 1)
+        for rows, columns in patches
+        if rows <= tallest and columns <= widest and elements <= min(most, 16 // itemsize)
+    )
+    rows, columns, elements = next((choice for choice in choices if fits(*choice)), (1, 1, 1))
+    rows, columns = _even(class_height, rows), min(columns, class_width)
+    strips = -(-class_height // rows)
+    if channels_last:
+        block_c = fit(channels, 32 // itemsize, 128 // itemsize)
+        patches = fit(strips * -(-class_width // columns), 1, max(1, 128 * elements // block_c))
+        parts = -(-strips * -(-class_width // columns) // patches)
+    else:
+        patches = fit(class_width, 4, 128)
+        block_c = fit(channels, 1, max(1, 128 * elements // patches))
+        parts = strips * -(-class_width // patches)
+    return PatchTile(rows, columns, patches, block_c, _warps(patches * block_c, elements), parts)
 
 
-def depthwise_backward_parts(
-    tile: Tile, multiprocessors: int, in_shape: tuple[int, ...], stride: tuple[int, int]
-) -> int:
-    """Into how many parts images are cut, each with sums of its own for the weight's gradient: eight programs a
+def depthwise_backward_parts(chip: Chip, tile: PatchTile, images: int, channels: int) -> int:
+    """Into how many parts all images are cut, each with sums of its own for the weight's gradient: eight programs a
     multiprocessor, or one a tile if those are fewer."""
-    tiles = depthwise_backward_tiles(tile, in_shape, stride)
-    return min(tiles, -(-8 * multiprocessors // -(-in_shape[1] // tile.channels)))
-
-
-def depthwise_backward_tiles(tile: Tile, in_shape: tuple[int, ...], stride: tuple[int, int]) -> int:
-    batch, _, height, width = in_shape
-    return batch * tile.strips(-(-height // stride[0])) * tile.blocks(-(-width // stride[1]))
+    return min(images * tile.parts, -(-8 * chip.multiprocessors // -(-channels // tile.channels)))
 
 
 def _even(size: int, most: int) -> int:
     """Rows a strip, so that as many strips as ``most`` rows would give are of almost equal height."""
     return -(-size // -(-size // most))
-
-
-def _tile(channels_last: bool, itemsize: int, channels: int, width: int, rows: int, elements: int) -> Tile:
-    """A tile of four warps, or of fewer where there is not so much, whose threads have so many elements of a row."""
-    if channels_last:
-        # A sector of 32 bytes at the least; 64 channels of 2 bytes fill a line of 128.
-        block_c = fit(channels, 32 // itemsize, 128 // itemsize)
-        block_w = fit(width, 1, max(1, 128 * elements // block_c))
-    else:
-        block_w = fit(width, 4, 128)
-        block_c = fit(channels, 1, max(1, 128 * elements // block_w))
-    return Tile(rows, block_w, block_c, _warps(block_w * block_c, elements))
 
 
 def _warps(size: int, elements: int) -> int:
@@ -438,12 +439,23 @@ def pool_tile(channels_last: bool, itemsize: int, pixels: int, channels: int) ->
 
 
 @dataclass(frozen=True)
-class BlockTile(Tile):
-    """Of a fused block: the piece of the output, and the blocks of input, hidden and output channels."""
+class BlockTile:
+    """Of a fused block: the piece of the output, all its rows in registers at once, and the blocks of input, hidden and
+    output channels."""
 
+    rows: int
+    columns: int
+    channels: int
+    warps: int
     hidden: int
     out_channels: int
     stages: int
+
+    def strips(self, height: int) -> int:
+        return -(-height // self.rows)
+
+    def blocks(self, width: int) -> int:
+        return -(-width // self.columns)
 
 
 @_tunable(BlockTile)

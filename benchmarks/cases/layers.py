@@ -68,7 +68,7 @@ class Convolution:
 
     def case(self, models: tuple[str, ...] = ()) -> Case:
         devices = ("cpu",) if self.operation == "conv2d" else ("cpu", "cuda")
-        directions = operators.DEPTHWISE_DIRECTIONS if self.depthwise else ("forward",)
+        directions = operators.CONVOLUTION_DIRECTIONS
         return Case("layers", str(self), self.problem, models=models, devices=devices, directions=directions)
 
 
@@ -196,7 +196,7 @@ LARGE = (
 
 
 def large(convolution: Convolution, batch: int) -> Case:
-    directions = operators.DEPTHWISE_DIRECTIONS
+    directions = operators.CONVOLUTION_DIRECTIONS
     fixed = {"devices": ("cuda",), "directions": directions, "batches": (batch,), "dtypes": ("fp32",)}
     return Case("layers", str(convolution), convolution.problem, **fixed)
 

@@ -13,7 +13,7 @@ ACTIVATIONS = {
     "silu": nn.SiLU,
     "sigmoid": nn.Sigmoid,
 }
-DEPTHWISE_DIRECTIONS = ("forward", "forward+input", "forward+weight", "forward+both")
+CONVOLUTION_DIRECTIONS = ("forward", "forward+input", "forward+weight", "forward+both")
 BATCH_NORM_DIRECTIONS = ("forward", "training")
 SQUEEZE_EXCITE_DIRECTIONS = ("forward", "forward+both")
 
@@ -134,7 +134,7 @@ for _c, _size, _k, _stride, _act in [
     (672, 14, 5, 2, "hardswish"),
     (960, 7, 5, 1, "hardswish"),
 ]:
-    case("operators", f"depthwise_conv2d {_c}x{_size}x{_size} k{_k} s{_stride}", directions=DEPTHWISE_DIRECTIONS)(
+    case("operators", f"depthwise_conv2d {_c}x{_size}x{_size} k{_k} s{_stride}", directions=CONVOLUTION_DIRECTIONS)(
         depthwise_conv2d(_c, _size, _k, _stride, _act)
     )
 
@@ -149,4 +149,6 @@ for _c, _out, _size, _act in [
     (160, 960, 7, "hardswish"),
     (960, 160, 7, "none"),
 ]:
-    case("operators", f"pointwise_conv2d {_c}to{_out} {_size}x{_size}")(pointwise_conv2d(_c, _out, _size, _act))
+    case("operators", f"pointwise_conv2d {_c}to{_out} {_size}x{_size}", directions=CONVOLUTION_DIRECTIONS)(
+        pointwise_conv2d(_c, _out, _size, _act)
+    )

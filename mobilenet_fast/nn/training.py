@@ -28,6 +28,10 @@ from .steps import Step, has_kernel, keeps_parameters, named_padding
 
 _ops = torch.ops.mobilenet_fast
 _STEM_WEIGHTS = 2**15
+# Of expansions that are computed again in the backward pass: how many times as many channels as they read, and how many
+# those may be, which say what that costs.
+_EXPANSION = 3
+_FEW_CHANNELS = 96
 
 
 class Stage(NamedTuple):
@@ -463,9 +467,11 @@ class _Block(torch.autograd.Function):
                 if need_input and not (applied and norm is None):
                     grad = _ops.batch_norm_gradient(grad, output.x, *behind, coefficients)
                 continue
-            if before.x is None:  # a depthwise convolution's output, which was not kept
+            if before.x is None:  # what was not kept
                 readings[-2] = _widened(readings[-2], ctx.dtype)
-                before = Reading(_convolve(stages[i - 1], readings[-2], operands[i - 1][0])[0])
+                before = before._replace(x=_convolve(stages[i - 1], readings[-2], operands[i - 1][0])[0])
+                if not stages[i - 1].is_linear:
+                    readings[-1] = before
             at_y = grad, output.x, *behind, coefficients
             if stage.kind == "pointwise":
                 fused = added if first else None
@@ -550,14 +556,21 @@ def _widened(reading: Reading, dtype: torch.dtype) -> Reading:
 def _is_kept(stages: list[Stage | Gate | Pool], i: int) -> bool:
     """Whether the backward pass finds what the convolution gave.
 
-    Its norm and activation need it, and the weight of the next stage. Where there is no more than that weight, as in
-    Xception's separable convolutions, a depthwise convolution is computed again.
+    Its norm and activation need it, and the weight of the next stage. Two are computed again: a depthwise convolution
+    of which only that weight needs it, as in Xception's separable convolutions, and the expansion of few channels on
+    the map before a stride, which is the largest image of its block, and most of what some networks would keep.
     """
     stage = stages[i]
-    if i + 1 == len(stages) or not stage.is_linear:
+    if i + 1 == len(stages):
         return not stage.is_linear
-    after = stages[i + 1]
-    return stage.kind != "depthwise" or not (isinstance(after, Stage) and after.kind == "pointwise")
+    after = stages[i + 1] if isinstance(stages[i + 1], Stage) else Stage()
+    if stage.is_linear:
+        return stage.kind != "depthwise" or after.kind != "pointwise"
+    if stage.kind != "pointwise" or after.kind != "depthwise" or min(after.conv.stride) == 1:
+        return True
+    channels = stage.conv.in_channels
+    is_read = i == 0 or (not isinstance(stages[i - 1], Gate) and _is_kept(stages, i - 1))
+    return not (is_read and channels <= _FEW_CHANNELS and _EXPANSION * channels <= stage.conv.out_channels)
 
 
 def _convolve(stage: Stage, reading: Reading, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
