@@ -28,9 +28,10 @@ test: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS) $(TRAIN_DEPS)
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_triton_kernels.py tests/test_triton_ops.py tests/test_accelerate_cuda.py
 
-# What the compiler makes of the Triton kernels: docs/triton.md. Needs no GPU.
+# What the compiler makes of the Triton kernels: docs/triton.md, and docs/triton_tiles.md. Needs no GPU, but an hour.
 check-triton: $(BUILT) $(TEST_DEPS)
 	$(RUN) -m benchmarks.triton_offline
+	$(RUN) -m benchmarks.triton_tiles
 
 # The README's table. The first run converts every model for every runtime, which takes half an hour of its own.
 bench: $(BUILT) $(BENCH_DEPS)

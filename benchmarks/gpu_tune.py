@@ -442,15 +442,22 @@ def compile_launch(launch: Launch) -> None:
         print(f"{launch.name} {launch.options}: {type(failure).__name__} {failure}".splitlines()[0], flush=True)
 
 
-def run_all(job: Job, chip: str | None) -> None:
+def trials_of(job: Job, chip: str | None) -> Iterator[Trial]:
+    """On the CPU, as far as compiling needs them. The plan is made at once, by PyTorch's own operators."""
     model, batch, dtype, way, sweep = job
     if way == "gradients":
-        trials = gradients_with_tiles(model, batch, DTYPES[dtype], "cpu", sweep)
-    else:
-        image = torch.empty(batch, 3, MODELS[model], MODELS[model], dtype=DTYPES[dtype])
-        trials = steps_with_tiles(plan_of(model, batch, DTYPES[dtype], "cpu", way, chip), image, sweep)
-    for trial in trials:
-        trial.call()
+        return gradients_with_tiles(model, batch, DTYPES[dtype], "cpu", sweep)
+    image = torch.empty(batch, 3, MODELS[model], MODELS[model], dtype=DTYPES[dtype])
+    return steps_with_tiles(plan_of(model, batch, DTYPES[dtype], "cpu", way, chip), image, sweep)
+
+
+def launches_of(trials: Iterator[Trial], capability: int = 90) -> list[Launch]:
+    def run() -> None:
+        for trial in trials:
+            trial.call()
+
+    with on_cpu_tensors():
+        return record(run, capability)
 
 
 def compile_share(jobs: list[Job], chip: str | None, index: int, count: int) -> None:
@@ -459,12 +466,11 @@ def compile_share(jobs: list[Job], chip: str | None, index: int, count: int) -> 
     driver.set_active(FakeDriver())
     found: dict[str, Launch] = {}
     for job in jobs:
-        with on_cpu_tensors():
-            for launch in record(lambda job=job: run_all(job, chip), 90):
-                # Of tensors nothing but their dtype is asked, as all of them are aligned.
-                kinds = {k: a.dtype if isinstance(a, torch.Tensor) else a for k, a in launch.arguments.items()}
-                empty = {k: torch.empty(0, dtype=a) if isinstance(a, torch.dtype) else a for k, a in kinds.items()}
-                found.setdefault(f"{launch.name}{kinds}{launch.options}", replace(launch, arguments=empty))
+        for launch in launches_of(trials_of(job, chip)):
+            # Of tensors nothing but their dtype is asked, as all of them are aligned.
+            kinds = {k: a.dtype if isinstance(a, torch.Tensor) else a for k, a in launch.arguments.items()}
+            empty = {k: torch.empty(0, dtype=a) if isinstance(a, torch.dtype) else a for k, a in kinds.items()}
+            found.setdefault(f"{launch.name}{kinds}{launch.options}", replace(launch, arguments=empty))
     for launch in [*found.values()][index::count]:
         compile_launch(launch)
 

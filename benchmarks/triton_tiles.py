@@ -4,7 +4,7 @@ Where docs/triton.md shows some layers, here are all: every layer of the benchma
 256, forward and backward in both layouts, and every step of these networks' plans, with the tiles that a chip of each
 architecture gets. What comes to the same code is compiled once. For each kernel, type and layout docs/triton_tiles.md
 says how many variants there are, the most registers and shared memory of any, the fewest warps that a multiprocessor
-holds of one, and spills, one by one. It takes an hour on two cores.
+holds of one, and spills, one by one. An activation changes no tile: batch norms have SiLU, which takes the most.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def calls_of(layer: layers.Layer, batch: int, dtype: torch.dtype, channels_last:
             w, gate = vector(k, c, 1, 1), vector(batch, c, 1, 1)
             yield lambda: kernels.pointwise_conv2d(x, w, bias, "hardswish", gate, y)
         return
-    x, activation = image(c, layer.size, layer.size), layer.activation
+    x = image(c, layer.size, layer.size)
     if isinstance(layer, layers.BatchNorm):
         v = vector(c, wide=True)
-        yield lambda: kernels.batch_norm_act(x, v, v, v, v, 1e-3, activation)
-        yield lambda: kernels.batch_norm_act_training(x, v, v, v, v, 0.1, 1e-3, activation)
-        yield lambda: kernels.batch_norm_act_backward(x, x, v, v, v, v, activation)
+        yield lambda: kernels.batch_norm_act(x, v, v, v, v, 1e-3, "silu")
+        yield lambda: kernels.batch_norm_act_training(x, v, v, v, v, 0.1, 1e-3, "silu")
+        yield lambda: kernels.batch_norm_act_backward(x, x, v, v, v, v, "silu")
     else:
         w1, w2 = vector(layer.squeeze_channels, c, 1, 1), vector(c, layer.squeeze_channels, 1, 1)
-        yield lambda: kernels.squeeze_excite(x, w1, None, w2, None, activation, layer.gate)
+        yield lambda: kernels.squeeze_excite(x, w1, None, w2, None, layer.activation, layer.gate)
         yield lambda: kernels.sums_of_products(x, x)
 
 
@@ -84,9 +84,7 @@ def plan_rows(models: list[str], dtypes: list[torch.dtype], capabilities: list[i
             for dtype in dtypes:
                 for each in capabilities:
                     job = model, batch, DTYPES[dtype], "planned", False
-                    with gpu_tune.on_cpu_tensors():
-                        launches = record(lambda job=job, each=each: gpu_tune.run_all(job, PLANNED_FOR[each]), each)
-                    for launch in launches:
+                    for launch in gpu_tune.launches_of(gpu_tune.trials_of(job, PLANNED_FOR[each]), each):
                         yield Row(f"{model}, batch {batch}", dtype, True, {each: launch})
 
 

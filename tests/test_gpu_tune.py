@@ -42,6 +42,14 @@ def test_every_step_is_launched_with_its_tile_and_others(plan):
     assert len(set(tried)) == len(tried) > 3 * len(rows)
 
 
+def test_launches_of_a_job_are_those_of_its_plan():
+    """The plan is made before launches are recorded, or else constants would be computed by kernels that do not run."""
+    launches = gpu_tune.launches_of(gpu_tune.trials_of((MODEL, 1, "fp16", "planned", False), "H100"))
+    names = {launch.name for launch in launches}
+    assert {"conv2d_forward", "depthwise_conv2d_forward", "pointwise_conv2d_forward"} <= names
+    assert "batch_norm_act_forward" not in names
+
+
 def test_gradients_are_launched_with_their_tiles():
     found = []
 

@@ -1,6 +1,7 @@
 """Every Triton kernel compiles for Hopper with the tiles that are chosen, and keeps its values in registers."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
+from benchmarks import triton_tiles  # noqa: E402
 from benchmarks.triton_offline import (  # noqa: E402
     CHIPS,
     DTYPES,
@@ -126,3 +128,25 @@ def test_page_has_a_row_a_kernel_and_a_column_an_architecture():
     ]
     assert half[5].split(" · ")[0] == str(compiled[0, 80].registers)
     assert double[5] == "" and double[6]
+
+
+def test_every_tile_of_some_layers(monkeypatch, tmp_path):
+    names = (
+        "depthwise_conv2d 72x28x28 to 72 k5x5 s1 p2x2",
+        "batch_norm_act 24x7x7 relu",
+        "pointwise_conv2d 24x7x7 to 40 k1x1 s1 p0x0",
+    )
+    cases = [triton_tiles.layers.parse(name).case() for name in names]
+    monkeypatch.setattr(triton_tiles.layers, "cases", lambda: cases)
+    monkeypatch.setattr(triton_tiles, "BATCHES", (2,))
+    table = list(triton_tiles.layer_rows([torch.float16], [90]))
+    found = {row.launches[90].name for row in table}
+    assert found >= {"depthwise_conv2d_forward", "depthwise_conv2d_backward", "batch_norm_act_backward"}
+    assert {row.channels_last for row in table} == {True, False}
+    compiled = compile_all(table, 2)
+    lines = triton_tiles.page(table, compiled, [90]).splitlines()
+    rows = [line for line in lines if "| fp16 |" in line]
+    assert len(rows) == 2 * len(found) and any(line.startswith("None of") for line in lines)
+    spilling = {key: replace(resources, spilled_bytes=8) for key, resources in compiled.items()}
+    text = triton_tiles.page(table, spilling, [90])
+    assert f"- depthwise_conv2d_forward, fp16, channels_last, sm_90, {names[0]}, batch 2: 8 bytes spilled" in text
