@@ -4,6 +4,7 @@ What needs no GPU runs in Triton's interpreter as well, on CPU tensors:
 ``TRITON_INTERPRET=1 pytest tests/test_cuda.py``.
 """
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -287,15 +288,13 @@ def test_compute_sanitizer(tool):
 
 
 def every_kernel():
-    """One call of each, with sizes that no tile divides."""
-    for operation in OPERATIONS:
-        for layout in ("contiguous", "channels_last"):
-            args = learning(operation, moved(arguments(operation, layout, channels=13, size=(7, 9))))
-            output = function(operation)(*args)
-            torch.autograd.grad(output.sum(), leaves(args))
-            check(
-                operation, output.detach().cpu(), [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in args]
-            )
+    """One call of each, with sizes that no tile divides, within one tile and over several."""
+    sizes = (13, (7, 9)), (70, (30, 33))
+    for operation, layout, (channels, size) in itertools.product(OPERATIONS, ("contiguous", "channels_last"), sizes):
+        args = learning(operation, moved(arguments(operation, layout, channels=channels, size=size)))
+        output = function(operation)(*args)
+        torch.autograd.grad(output.sum(), leaves(args))
+        check(operation, output.detach().cpu(), [a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in args])
     layer = fast.ConvNormAct(13, 13, groups=13).to(DEVICE).eval()
     with torch.no_grad():
         assert layer(torch.randn(2, 13, 7, 9, device=DEVICE)).isfinite().all()
