@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import multiprocessing
 import os
 import statistics
@@ -65,17 +66,23 @@ def _narrow(node: Any) -> Any:
     return node
 
 
+@functools.lru_cache(1)
+def captured(model: str, dtype: torch.dtype, device: str) -> tuple[Capture, dict[str, torch.Tensor]]:
+    """And its weights."""
+    options = {"aux_logits": False} if model in ("googlenet", "inception_v3") else {}
+    torch.manual_seed(0)
+    network = models.create_model(model, **options).eval().requires_grad_(False).to(device, dtype)
+    image = torch.zeros(2, 3, MODELS[model], MODELS[model], dtype=dtype, device=device)
+    return Capture(network, (image,), {}, None), network.state_dict()
+
+
 def plan_of(
     model: str, batch: int, dtype: torch.dtype, device: str, way: str = "planned", chip: str | None = None
 ) -> cuda.CudaPlan:
     """``chip``: whose limits decide what is fused; None is the device's own."""
-    options = {"aux_logits": False} if model in ("googlenet", "inception_v3") else {}
-    torch.manual_seed(0)
-    network = models.create_model(model, **options).eval().requires_grad_(False).to(device, dtype)
-    size = MODELS[model]
-    capture = Capture(network, (torch.zeros(2, 3, size, size, dtype=dtype, device=device),), {}, None)
-    image = torch.empty(batch, 3, size, size, dtype=dtype, device=device)
-    graph = optimise(capture.lower([image], network.state_dict(), cuda.KERNEL_DTYPES))
+    capture, weights = captured(model, dtype, device)
+    image = torch.empty(batch, 3, MODELS[model], MODELS[model], dtype=dtype, device=device)
+    graph = optimise(capture.lower([image], weights, cuda.KERNEL_DTYPES))
     with ExitStack() as stack:
         if WAYS[way] is not None:
             stack.enter_context(mock.patch.object(cuda, "_fastest", WAYS[way]))
@@ -467,10 +474,8 @@ def compile_share(jobs: list[Job], chip: str | None, index: int, count: int) -> 
     found: dict[str, Launch] = {}
     for job in jobs:
         for launch in launches_of(trials_of(job, chip)):
-            # Of tensors nothing but their dtype is asked, as all of them are aligned.
-            kinds = {k: a.dtype if isinstance(a, torch.Tensor) else a for k, a in launch.arguments.items()}
-            empty = {k: torch.empty(0, dtype=a) if isinstance(a, torch.dtype) else a for k, a in kinds.items()}
-            found.setdefault(f"{launch.name}{kinds}{launch.options}", replace(launch, arguments=empty))
+            launch = launch.without_memory()
+            found.setdefault(repr((launch.name, launch.arguments, launch.options)), launch)
     for launch in [*found.values()][index::count]:
         compile_launch(launch)
 

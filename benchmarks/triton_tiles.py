@@ -80,12 +80,12 @@ def layer_rows(dtypes: list[torch.dtype], capabilities: list[int]) -> Iterator[R
 
 def plan_rows(models: list[str], dtypes: list[torch.dtype], capabilities: list[int]) -> Iterator[Row]:
     for model in models:
-        for batch in BATCHES:
-            for dtype in dtypes:
+        for dtype in dtypes:
+            for batch in BATCHES:
                 for each in capabilities:
                     job = model, batch, DTYPES[dtype], "planned", False
                     for launch in gpu_tune.launches_of(gpu_tune.trials_of(job, PLANNED_FOR[each]), each):
-                        yield Row(f"{model}, batch {batch}", dtype, True, {each: launch})
+                        yield Row(f"{model}, batch {batch}", dtype, True, {each: launch.without_memory()})
 
 
 def page(table: list[Row], compiled: dict[tuple[int, int], Resources], capabilities: list[int]) -> str:
