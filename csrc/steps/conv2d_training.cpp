@@ -3,6 +3,8 @@
 // the weight's gradient has one of its own.
 #include <ATen/core/grad_mode.h>
 
+#include <cstring>
+
 #include "steps/training.h"
 
 namespace mobilenet_fast {
@@ -40,9 +42,7 @@ class WeightGradient final : public Step {
       const Range range = share(blocks_.count(), groups_, g);
       for (int64_t b = range.begin; b < range.end; ++b) {
         const Range rows = blocks_.block(b);
-        for (int64_t row = rows.begin; row < rows.end; ++row) {
-          copy_window(work.buffer<T>(2), row, windows + (row - rows.begin) * depth_);
-        }
+        copy_windows(work.buffer<T>(2), rows, windows);
         T* of_y = windows + rows.size() * depth_;
         GemmTransposedArgs<T> args{};
         args.rows = rows.size();
@@ -85,15 +85,31 @@ class WeightGradient final : public Step {
     return of_y;
   }
 
-  void copy_window(const T* x, int64_t pixel, T* out) const {
-    const int64_t image = pixel / y_.pixels(), oy = pixel / y_.w % y_.h, ox = pixel % y_.w;
-    const int64_t left = ox * window_.stride_w - window_.pad_left;
+  void copy_windows(const T* x, Range pixels, T* out) const {
+    int64_t image = pixels.begin / y_.pixels(), oy = pixels.begin / y_.w % y_.h, ox = pixels.begin % y_.w;
+    for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel) {
+      out = copy_window(x + image * x_.pixels() * x_.c, oy, ox, out);
+      if (++ox < y_.w) continue;
+      ox = 0;
+      if (++oy < y_.h) continue;
+      oy = 0;
+      ++image;
+    }
+  }
+
+  T* copy_window(const T* x, int64_t oy, int64_t ox, T* out) const {
+    const int64_t left = ox * window_.stride_w - window_.pad_left, span = window_.kernel_w * x_.c;
     for (int64_t ky = 0; ky < window_.kernel_h; ++ky) {
       const int64_t iy = oy * window_.stride_h - window_.pad_top + ky * window_.dilation_h;
-      const T* row = x + (image * x_.h + iy) * x_.w * x_.c;
+      const T* row = x + iy * x_.w * x_.c;
       const bool is_inside = iy >= 0 && iy < x_.h;
       if (is_inside && window_.dilation_w == 1 && left >= 0 && left + window_.kernel_w <= x_.w) {
-        out = std::copy_n(row + left * x_.c, window_.kernel_w * x_.c, out);
+        if (span == kStemSpan) {  // of a size that the compiler knows: a call would take longer than the copy
+          std::memcpy(out, row + left * x_.c, kStemSpan * sizeof(T));
+          out += kStemSpan;
+        } else {
+          out = std::copy_n(row + left * x_.c, span, out);
+        }
         continue;
       }
       for (int64_t kx = 0; kx < window_.kernel_w; ++kx) {
@@ -105,7 +121,10 @@ class WeightGradient final : public Step {
         }
       }
     }
+    return out;
   }
+
+  static constexpr int64_t kStemSpan = 9;  // three colours of three columns
 
   const Kernels<T>& kernels_;
   ImageShape x_, y_;
