@@ -17,6 +17,12 @@ from benchmarks.cases.placed import PlacedProblem
 NO_KERNELS = ("Memcpy", "Memset", "Context Sync", "Event Sync", "Stream Sync", "Stream Wait")
 
 
+def status_kib(name: str) -> int:
+    """Of this process; resource.getrusage would count the parent's memory too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
 class CpuDevice:
     name = "cpu"
 
@@ -42,8 +48,7 @@ class CpuDevice:
         """By how much the call's most memory is above what there was before, if there never was more."""
         before = self.memory_mib()
         call()
-        lines = Path("/proc/self/status").read_text().splitlines()  # resource.getrusage would count the parent's too
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10 - before
+        return status_kib("VmHWM") / 2**10 - before
 
     def trim(self) -> None:
         pass

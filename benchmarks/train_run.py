@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import third_party
+from benchmarks.device import status_kib
 from benchmarks.pictures import Pictures
-from benchmarks.training import status_kib
 from mobilenet_fast.cli import command_line, load_model
 from mobilenet_fast.progress import with_progress
 from mobilenet_fast.search.digits import CLASSES

@@ -12,6 +12,7 @@ import platform
 import select
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial, wraps
 from importlib import import_module
 from importlib.metadata import version
@@ -339,7 +340,8 @@ def search(options) -> int:
         return 1
     note = {"size": options.size}
     if options.evaluate:
-        note["evaluate"], evaluate = options.evaluate
+        note["evaluate"], function = options.evaluate
+        evaluate = NamedFunction(f"--evaluate {note['evaluate']}", function)
     else:
         if options.classes < digits.CLASSES:
             complain(f"search: the digits are {digits.CLASSES} classes, --classes {options.classes} is less")
@@ -389,6 +391,20 @@ def search(options) -> int:
             complain(str(error))
             return 1
     return 0
+
+
+@dataclass(frozen=True)
+class NamedFunction:
+    """A user's function, whose exceptions say whose they are. What they hold need not be fit to be pickled."""
+
+    name: str
+    function: Callable
+
+    def __call__(self, *arguments):
+        try:
+            return self.function(*arguments)
+        except Exception as error:
+            raise RuntimeError(f"{self.name}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def named_callable(text: str) -> tuple[str, Callable]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -76,9 +77,12 @@ def replace_layers(
     _check_module("replace_layers", model)
     rows, found = [], []
     of_parents: dict[int, type[nn.Module]] = {}
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
         layer, reason = _faster_layer(module)
         layer = of_parents.get(id(module), layer)
+        if layer is PaddedLayer and places[id(module.convolution)] != places[id(module)]:
+            layer, reason = None, "its convolution is part of another module too"
         if layer is None and not reason:
             continue
         if filter_fn is not None and not filter_fn(name, module):
@@ -245,25 +249,37 @@ class Block(Chained):
         names, skips, drops = _BLOCKS[_qualified_name(self.stock_class)]
         if not _passes_through(modules.get(drops)):
             return None
+        if any(vars(self).get(name) is not None for name in names):
+            return None  # a function
         parts = [part for name in names if (part := modules.get(name)) is not None]
         return Links(parts, vars(self).get(skips, False))
 
     def plain_forward(self, input):
         return super(Chained, self).forward(input)
 
-    def forward(self, input=None, *, x=None):  # stock blocks have either name
-        return super().forward(input if x is None else x)
+    def forward(self, input=None, **named):
+        stock = super(Chained, self).forward
+        if named:
+            if input is not None or [*named] != [self.stock_class.forward.__code__.co_varnames[1]]:
+                return stock(*([] if input is None else [input]), **named)  # which says what is wrong
+            (input,) = named.values()
+        return stock() if input is None else super().forward(input)
 
 
 class PaddedLayer(Block):
     """A convolution layer of transformers' MobileNets. Where its configuration asks for TensorFlow's padding it pads
-    what its convolution gets; here its convolution does so itself."""
+    what its convolution gets; here its convolution does so itself, and a hook on that sees the image as it was."""
 
     def links(self) -> Links | None:
         return None if self._pads() else super().links()
 
     def plain_forward(self, input):
-        return super().plain_forward(input) if self._pads() else Chained.plain_forward(self, input)
+        if self._pads() or any(vars(self).get(name) is not None for name in _PADDED[0]):
+            return super().plain_forward(input)
+        for name in _PADDED[0]:
+            if (module := self._modules.get(name)) is not None:
+                input = module(input)
+        return input
 
     def _pads(self) -> bool:
         return bool(PaddedLayer.convolutions_that_pad(self)) and not isinstance(self.convolution, fast.Conv2dSame)
@@ -406,8 +422,9 @@ def _pads_as_known(layer: nn.Module) -> bool:
     conv = layer.convolution
     if not layer.config.tf_padding:
         return True
-    one_of_both = (1, 1) in (pair(conv.dilation), pair(conv.stride))
-    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and pair(conv.padding) == (0, 0) and one_of_both
+    odd_and_dense = pair(conv.stride) == (1, 1) and all(k % 2 for k in pair(conv.kernel_size))
+    same = pair(conv.dilation) == (1, 1) or odd_and_dense
+    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and pair(conv.padding) == (0, 0) and same
 
 
 def _faster_xception_block(block: nn.Module) -> tuple[type[nn.Module] | None, str]:

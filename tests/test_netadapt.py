@@ -349,6 +349,23 @@ def test_latency_is_measured_while_threads_meet_as_they_did_at_first(monkeypatch
     assert measured.first_ms == latency(model)
 
 
+def test_a_choice_that_gains_nothing_is_not_taken(tmp_path):
+    """Latencies as first measured are too low by a tenth, more than a step is to gain; anew they are what they are."""
+    asked = {}
+
+    def optimistic(model):
+        shapes = tuple(parameter.shape for parameter in model.parameters())
+        asked[shapes] = asked.get(shapes, 0) + 1
+        return latency(model) * (0.9 if asked[shapes] == 1 and len(asked) > 1 else 1)
+
+    result = adapt(latency=optimistic, delta=0.05)
+    reached = [result.first_latency_ms] + [row["latency_ms"] for row in result.proposals if row["chosen"]]
+    assert all(after <= before - 0.025 * reached[0] for before, after in itertools.pairwise(reached))
+    assert latency(result.model) == result.latency_ms == reached[-1] <= 2.0
+    steps = [row["step"] for row in result.proposals]
+    assert steps == sorted(steps) and len(result.proposals) > len(adapt(delta=0.05).proposals)
+
+
 def test_models_are_timed_in_turn():
     calls = []
     first, second = latencies_in_turn([lambda x: calls.append("a"), lambda x: calls.append("b")], X, rounds=3)
@@ -450,6 +467,19 @@ def test_a_checkpoint_of_another_run(tmp_path):
     assert_same(adapt(checkpoint=tmp_path / "noted.pt", note=note), adapt(checkpoint=tmp_path / "noted.pt", note=note))
     with pytest.raises(ValueError, match=r"was made with another rate \(note\), classes \(note\)$"):
         adapt(checkpoint=tmp_path / "noted.pt")
+
+
+def test_measured_latencies_are_of_a_machine_and_its_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[netadapt.__module__], "MeasuredLatency", lambda *arguments: latency)
+    file, threads = tmp_path / "run.pt", torch.get_num_threads()
+    made = adapt(latency=None, checkpoint=file)
+    try:
+        torch.set_num_threads(threads + 1)
+        with pytest.raises(ValueError, match=r"run\.pt was made with another threads$"):
+            adapt(latency=None, checkpoint=file)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(adapt(latency=None, checkpoint=file), made)
 
 
 @pytest.mark.parametrize("content", [b"", {"recipe": None}, {"recipe": {}}, [1], {"latencies": {}}])

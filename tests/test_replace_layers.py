@@ -418,6 +418,42 @@ def test_transformers_padding():
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
+def transformers_layer(*shape, tf_padding=True, **options):
+    config = import_transformers().MobileNetV2Config(tf_padding=tf_padding)
+    layer = import_transformers().models.mobilenet_v2.modeling_mobilenet_v2.MobileNetV2ConvLayer
+    torch.manual_seed(0)
+    return layer(config, *shape, **options).eval()
+
+
+@pytest.mark.parametrize("kernel", (1, 2, 3, 4, 5))
+@pytest.mark.parametrize("stride, dilation", ((1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2)))
+def test_transformers_padding_of_any_window(kernel, stride, dilation):
+    for groups in (1, 8):
+        layer = transformers_layer(8, 8, kernel, stride, groups, dilation=dilation)
+        for size in ((9, 10), (12, 7)):
+            x = torch.randn(2, 8, *size)
+            expected = layer(x)
+            with torch.no_grad():
+                torch.testing.assert_close(replace_layers(copy.deepcopy(layer))(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_transformers_that_are_not_as_usual():
+    x = torch.randn(2, 8, 9, 10)
+    layer = transformers_layer(8, 8, 3, 1, 8, use_activation=False)
+    layer.activation = nn.functional.relu6
+    assert torch.equal(replace_layers(copy.deepcopy(layer))(x), replace_layers(layer)(features=x))
+    assert (layer(x) >= 0).all()
+    for wrong in ({}, {"x": x}, {"features": x, "input": x}):
+        with pytest.raises(TypeError, match="argument"):
+            layer(**wrong)
+    both = nn.ModuleDict({"a": transformers_layer(8, 8, 3, 1, 8), "b": transformers_layer(8, 8, 3, 1, 8)})
+    both["b"].convolution = both["a"].convolution
+    expected, report = both["b"](x), []
+    replace_layers(both, filter_fn=lambda name, module: name != "b", report=report)
+    torch.testing.assert_close(both["b"](x), expected, rtol=1e-4, atol=1e-5)
+    assert ("a", "its convolution is part of another module too") in [(row.name, row.reason) for row in report]
+
+
 def test_blocks_of_transformers_train_as_one():
     config = import_transformers().MobileNetV2Config(num_labels=5)
     model = replace_layers(import_transformers().MobileNetV2ForImageClassification(config)).train()

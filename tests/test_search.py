@@ -264,6 +264,18 @@ t.platform_aware_search(t.TINY, t.waits, t.layers, 30, 4, workers=2, progress=Fa
     process.communicate(timeout=15)  # until no process has this end of the pipe any more
 
 
+def test_latencies_may_be_tensors(tmp_path):
+    log = tmp_path / "log.csv"
+    options = {"method": "random", "progress": False}
+    for trials in (4, 6):
+        found = platform_aware_search(
+            TINY, parameters, lambda a: torch.tensor(layers(a)), 30, trials, log=log, **options
+        )
+    assert found == platform_aware_search(TINY, parameters, layers, 30, 6, **options)
+    with pytest.raises(ValueError, match="latency must give a number of 0 or more, got 'x'"):
+        platform_aware_search(TINY, parameters, lambda a: "x", 30, 4, **options)
+
+
 def test_workers_change_nothing():
     options = {"method": "evolution", "seed": 2, "progress": False}
     alone = platform_aware_search(TINY, parameters, layers, 30, 6, **options)
@@ -372,6 +384,14 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     command[2] = "1"
     assert cli.main(command) == 1
     assert "no network of digits takes 1 ms" in capsys.readouterr().err
+    Path("judges_that_fail.py").write_text(
+        "def one(network):\n    return {}[5]\n\ndef two(network, size):\n    return 1\n"
+    )
+    for name, why in (("one", "KeyError: 5"), ("two", "TypeError: two() missing 1 required positional argument")):
+        for workers in ("0", "2"):
+            command = ["search", "--target-ms", "400", "--evaluate", f"judges_that_fail:{name}", "--workers", workers]
+            assert cli.main(command) == 1
+            assert f": --evaluate judges_that_fail:{name}: {why}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,28 @@ def test_a_model_with_replaced_layers_trains_narrower():
     assert model.training
 
 
+def test_one_channel_is_no_depthwise_convolution():
+    """Of a grey picture's stem, and of whatever is made as narrow as that."""
+    grey = models.mobilenet_v3_small(num_classes=10).eval()
+    grey.features[0][0] = nn.Conv2d(1, 16, 3, 2, 1, bias=False)
+    x = torch.randn(2, 1, SIDE, SIDE)
+    groups = channel_groups(grey, x)
+    stem = shrink(grey, groups[0], 8).features[0][0]
+    assert (stem.in_channels, stem.out_channels, stem.groups) == (1, 8, 1)
+    for first, then in ((1, 1), (8, 1)):
+        smaller = grey
+        for group in groups:
+            smaller = shrink(smaller, group, first if group.kind == "expansion" else then)
+        assert smaller(x).shape == (2, 10)
+
+
+def test_a_residual_sum_is_of_bottlenecks():
+    """Also in MobileNetV4, where a depthwise convolution before the expansion reads them."""
+    groups = groups_of("timm mobilenetv4_conv_small_035")
+    shared = [group for group in groups if len(group.writers) > 2]
+    assert len(shared) >= 2 and all(group.kind == "bottleneck" for group in shared)
+
+
 def test_an_error_that_says_nothing():
     class Silent(nn.Module):
         def forward(self, x):

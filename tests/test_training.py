@@ -447,6 +447,23 @@ def test_an_expansion_before_a_stride_is_not_kept(stem, monkeypatch):
     assert all(map(torch.equal, first, second))
 
 
+def test_expansions_that_are_kept_or_not(monkeypatch):
+    """Behind pooling; before a depthwise convolution that is not kept itself; with strides as people set them."""
+
+    def stage(inputs, outputs, kernel=1, stride=1, groups=1):
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        return [conv, nn.BatchNorm2d(outputs), nn.ReLU6()]
+
+    strided = stage(72, 72, 3, 2, 72), stage(72, 40)
+    pooled = fast.FusedSequential(*stage(3, 24, 3, 2), nn.MaxPool2d(3, 2, 1), *stage(24, 72), *strided[0], *strided[1])
+    check(pooled, image(2, 3, 33, 30), monkeypatch, blocks=1)
+    linear = nn.Conv2d(64, 64, 3, 2, 1, groups=64, bias=False)
+    check(fast.FusedSequential(*stage(16, 64), linear, *stage(64, 24)), image(2, 16, 12, 13), monkeypatch, blocks=1)
+    module = fast.FusedSequential(*stage(16, 64), *stage(64, 64, 3, 2, 64))
+    module[3].stride = 2
+    check(module, image(2, 16, 12, 13), monkeypatch, blocks=1)
+
+
 @pytest.mark.parametrize(
     "name", ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "mnasnet1_0", "efficientnet_b0")
 )

@@ -43,7 +43,8 @@ class Conv2dSame(nn.Conv2d):
     def same_padding(self, input: Tensor) -> tuple[int, int, int, int]:
         """Rows above and below, columns left and right."""
         sizes = zip(input.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
-        rows, columns = (max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in sizes)
+        # By remainders, which stay simple where sizes are symbols.
+        rows, columns = (max((k - 1) * d + 1 - (n % s or s), 0) for n, k, s, d in sizes)
         return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
 
     def pad(self, input: Tensor) -> Tensor:

@@ -566,11 +566,17 @@ def _is_kept(stages: list[Stage | Gate | Pool], i: int) -> bool:
     after = stages[i + 1] if isinstance(stages[i + 1], Stage) else Stage()
     if stage.is_linear:
         return stage.kind != "depthwise" or after.kind != "pointwise"
-    if stage.kind != "pointwise" or after.kind != "depthwise" or min(after.conv.stride) == 1:
+    if stage.kind != "pointwise" or after.kind != "depthwise" or after.is_linear:
+        return True
+    if min(reference.pair(after.conv.stride)) == 1 or (i > 0 and not _is_kept_image(stages, i - 1)):
         return True
     channels = stage.conv.in_channels
-    is_read = i == 0 or (not isinstance(stages[i - 1], Gate) and _is_kept(stages, i - 1))
-    return not (is_read and channels <= _FEW_CHANNELS and _EXPANSION * channels <= stage.conv.out_channels)
+    return not (channels <= _FEW_CHANNELS and _EXPANSION * channels <= stage.conv.out_channels)
+
+
+def _is_kept_image(stages: list[Stage | Gate | Pool], i: int) -> bool:
+    """Whether the backward pass finds what the stage after this one reads, without a gate."""
+    return isinstance(stages[i], Pool) or (isinstance(stages[i], Stage) and _is_kept(stages, i))
 
 
 def _convolve(stage: Stage, reading: Reading, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -173,7 +173,7 @@ def _sliceable(model: nn.Module) -> set[str]:
 
 def _set_sizes(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
-        if module.weight.shape[1] == 1 and module.groups == module.in_channels:
+        if module.groups == module.in_channels > 1:  # depthwise; of one channel, a dense one is no other
             module.groups = module.weight.shape[0]
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
@@ -315,11 +315,14 @@ class _Widths:
             and all(self.root(node.inputs[0]) in bottlenecks for node in layers[root]["writers"])
             and all(self.root(node) in bottlenecks for node in layers[root]["readers"])
         }
+        # A sum of residuals is of blocks' outputs, also where a depthwise convolution stands before an expansion.
+        summed = {self.root(node) for node in self.graph.nodes if node.op == "add"}
         found = []
         for root in roots:
             if root not in deep | bottlenecks | between or not layers[root]["writers"]:
                 continue
             expands = root in between or (root in deep and len(layers[root]["writers"]) == 1)
+            expands = expands and root not in summed
             found.append(self.group(root, "expansion" if expands else "bottleneck", layers[root]))
         return found
 

@@ -318,7 +318,7 @@ class Conditions:
             0 if on_gpu else threads,
             batch,
             str(dtype).removeprefix("torch."),
-            torch.__version__,
+            str(torch.__version__),  # a class of its own, which checkpoints do not hold
             package,
         )
 

@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..models.rounding import make_divisible
 from ..progress import with_progress
 from .blocks import KEEPS, ChannelGroup, channel_groups, shrink, with_widths
 from .facts import note_facts, other_facts
+from .latency import Conditions
 
 __all__ = ["RULES", "MeasuredLatency", "NetAdapted", "latencies_in_turn", "netadapt"]
 
@@ -123,7 +124,8 @@ def netadapt(
         final_steps: of the last fine-tuning; None is ``steps``.
         latency: ``latency(model)`` in ms, such as `LatencyTable.predict`; None measures it as
             `mobilenet_fast.accelerate` runs it, beside the first model (`MeasuredLatency`). It should not grow when
-            channels are taken away, and is asked again for the model that is chosen.
+            channels are taken away, and is asked again for the model that is chosen: where that lowers it by less than
+            half of what was asked for, the step is made again with what is known now.
         keep: which channels: "first" or "largest norm", see `shrink`.
         rule: which proposal is the best: "ratio", that of the largest change in accuracy over the reduction in latency,
             as MobileNetV3's, or "least loss", that of the highest accuracy, as NetAdapt's. Of equal ones it is the
@@ -142,7 +144,7 @@ def netadapt(
         TypeError, ValueError: an option is none of the above, the model has no group to make narrower, the target is
             no less than the model's latency, or less than that of the model with all groups at their least width, or
             the checkpoint is of another note, other options, another model, other weights or another
-            ``example_input``.
+            ``example_input``, or was measured on another machine or number of threads.
         RuntimeError: latencies as measured do not go down any more.
 
     Searching for MobileNetV3 (Howard et al., 2019, arXiv:1905.02244), section 4.2; NetAdapt (Yang et al., 2018,
@@ -188,6 +190,9 @@ def netadapt(
         "weights": _digest(model),
         "modules": hashlib.sha256(repr(model).encode()).hexdigest(),
     }
+    if latency is None:
+        x = next(x for x in pytree.tree_leaves(example_input) if isinstance(x, Tensor))
+        recipe |= asdict(Conditions.here(x.device, torch.get_num_threads(), len(x), x.dtype))
     run = _Run(model, groups, recipe, evaluate, finetune, log, checkpoint)
     run.latency = latency or MeasuredLatency(model, example_input, run.state["first_latency_ms"])
     return run.result(progress)
@@ -455,11 +460,15 @@ class _Run:
                 )
             return model
         row = state["proposals"][best["row"]]
-        state["widths"][row["layer"]], state["weights"] = row["channels"], best["weights"]
-        chosen = self.built(state["widths"], state["weights"])
+        widths = state["widths"] | {row["layer"]: row["channels"]}
+        chosen = self.built(widths, best["weights"])
         # Anew: of many latencies the choice prefers one that was measured too low.
-        row["latency_ms"] = self.latency_of(chosen, state["widths"], again=True)
-        row["score"], row["chosen"] = score(row), True
+        row["latency_ms"] = self.latency_of(chosen, widths, again=True)
+        row["score"] = score(row)
+        if current_ms - row["latency_ms"] < state["required_ms"] / 2:
+            self.save()  # the step is made again, and knows better
+            return model
+        state["widths"], state["weights"], row["chosen"] = widths, best["weights"], True
         self.save()
         return chosen
 

@@ -114,10 +114,14 @@ def platform_aware_search(
     """
     if not isinstance(space, SearchSpace):
         raise TypeError(f"platform_aware_search: space must be a SearchSpace, got {type(space).__name__}")
-    predict = latency.predict if isinstance(latency, LatencyTable) else latency
-    for name, function in (("evaluate", evaluate), ("latency", predict)):
+    predicts = latency.predict if isinstance(latency, LatencyTable) else latency
+    for name, function in (("evaluate", evaluate), ("latency", predicts)):
         if not callable(function):
             raise TypeError(f"platform_aware_search: {name} must be callable, got {type(function).__name__}")
+
+    def predict(architecture: Architecture) -> float:
+        return _number("latency", predicts(architecture))
+
     for name, value in (("target_ms", target_ms), ("reward_exponent", reward_exponent)):
         if not isinstance(value, numbers.Real):
             raise ValueError(f"platform_aware_search: {name} must be a number, got {value!r}")
@@ -178,7 +182,7 @@ def platform_aware_search(
             return Trial(number, choices, architecture, accuracies[number], ms, value)
 
         for number, accuracy in run({number: space.architecture(c) for number, c in todo.items()}):
-            accuracies[number] = _checked(accuracy)
+            accuracies[number] = _number("evaluate", accuracy)
             book.write(trial(number))
         known.update({proposed[number - start]: accuracy for number, accuracy in accuracies.items()})
         for number, choices in enumerate(proposed, start):
@@ -215,13 +219,14 @@ def least_latency(space: SearchSpace, predict: Callable[[Architecture], float], 
     return best
 
 
-def _checked(accuracy: float) -> float:
+def _number(name: str, given: Any) -> float:
+    """What a function of the caller's gave, which may be a tensor of one element."""
     try:
-        value = float(accuracy)
-    except (TypeError, ValueError):
+        value = float(given)
+    except (TypeError, ValueError, RuntimeError):
         value = math.nan
     if not 0 <= value < math.inf:
-        raise ValueError(f"platform_aware_search: evaluate must give a number of 0 or more, got {accuracy!r}")
+        raise ValueError(f"platform_aware_search: {name} must give a number of 0 or more, got {given!r}")
     return value
 
 
