@@ -187,7 +187,7 @@ def depthwise_layers(names: list[str]) -> list[tuple[int, ...]]:
             if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels > 1:
                 module.register_forward_hook(note)
         with torch.no_grad():
-            model(data(name, 1)[0])
+            model(data(name, 1, CpuDevice())[0])
     return sorted(found, key=lambda layer: (layer[2], layer[3], -layer[1], layer[0]))
 
 

@@ -102,3 +102,9 @@ def test_bad_arguments(arguments, message, capsys):
 def test_without_a_gpu():
     with pytest.raises(SystemExit, match="needs a GPU, torch sees none"):
         training.main(["--device", "cuda"])
+
+
+def test_gradients_of_depthwise_layers(tiny, capsys):
+    assert training.main(["--depthwise", "--case", "mobilenet_v1", "--batch", "2", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 layers, × channels_last" in printed and printed.splitlines()[2].split()[:4] == ["8", "16", "3", "1"]
