@@ -162,8 +162,12 @@ class CudaDevice:
         return torch.cuda.memory_reserved() / 2**20
 
     def peak_growth_mib(self, call: Callable[[], Any]) -> float:
-        """By how much the tensors of the call, at their most, are above those before it."""
+        """By how much the tensors of the call, at their most, are above those before it; of a second call, as in the
+        first cuDNN and compilers try what takes more."""
         before = torch.cuda.memory_allocated()
+        call()
+        self.synchronize()
+        self.trim()
         torch.cuda.reset_peak_memory_stats()
         call()
         self.synchronize()

@@ -546,6 +546,8 @@ def main(arguments: list[str] | None = None) -> int:
     timed = []
     for model, batch, dtype, way, sweep in jobs:
         timed += timings_of(model, batch, dtype, way, sweep)
+    if not timed:
+        sys.exit(f"benchmarks.gpu_tune: {', '.join(options.models)}: nothing of {', '.join(options.ways)} to time")
     timings = [timing for _, timing in timed]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as opened:

@@ -40,9 +40,13 @@ class Measured:
         reader = next((reader for column, reader in readers.items() if rows and column in rows[0]), None)
         if reader is None:
             raise ValueError(f"predict: {file} is no file of benchmarks, gpu_session, gpu_tune or training")
-        if any(row.get("device", "cuda") != "cuda" for row in rows):
+        # gpu_tune's are of a GPU in any case.
+        if any((row.get("device") or ("cuda" if reader == self._steps else "cpu")) != "cuda" for row in rows):
             raise ValueError(f"predict: {file} was not measured on a GPU")
-        reader([row for row in rows if row.get("median_ms") or row.get("us")])
+        try:
+            reader([row for row in rows if row.get("median_ms") or row.get("us")])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"predict: {file} is not as it was written: {error!r}") from None
 
     def _suite(self, rows: list[dict[str, str]]) -> None:
         for row in _by_preference(rows, OF_LAYERS):

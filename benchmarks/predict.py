@@ -101,7 +101,7 @@ def network_rows(networks: Networks) -> Iterator[dict]:
 def write(
     file: Path, rows: list[dict], key: tuple[str, ...], column: str, measured: dict[tuple[str, ...], str]
 ) -> None:
-    """With what was measured in the last column, or else was there before."""
+    """With what was measured in the last column, or else was there before. What has no row is said."""
 
     def key_of(row: dict) -> tuple[str, ...]:
         return tuple(str(row[name]) for name in key)
@@ -112,6 +112,8 @@ def write(
             before = {key_of(row): row[column] for row in csv.DictReader(opened)}
     for row in rows:
         row[column] = measured.get(key_of(row)) or before.get(key_of(row), "")
+    if strangers := [", ".join(each) for each in measured.keys() - {key_of(row) for row in rows}]:
+        print(f"{file.name}: of {len(measured)} measured, {len(strangers)} have no prediction, as {min(strangers)}")
     with file.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, rows[0], lineterminator="\n")
         writer.writeheader()

@@ -10,8 +10,10 @@ import argparse
 import copy
 import csv
 import functools
+import gc
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -47,7 +49,7 @@ PEERS = {
         "replace_layers channels_last graph",
     ),
 }
-BATCHES = {"cpu": (16, 8), "cuda": (256, 64)}  # the second for xception, whose pictures are larger
+BATCHES = {"cpu": (16, 8), "cuda": (256, 32)}  # the second for xception, whose pictures are larger
 
 
 def stock(name: str) -> torch.nn.Module:
@@ -73,7 +75,8 @@ def step_of(
         model = mobilenet_fast.replace_layers(model)
     kind = x.device.type
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=kind == "cuda" or None)
-    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+    # A first step that overflows would leave the fused optimizer with momentum that nobody wrote.
+    scaler = torch.amp.GradScaler(kind, init_scale=2.0**10, enabled=dtype == torch.float16)
 
     def gradients(x: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
@@ -103,7 +106,9 @@ def data(name: str, batch: int, device: CudaDevice) -> tuple[torch.Tensor, torch
 def peak_mib(*run: object) -> float:
     """Of two steps, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.training", "--peak", json.dumps(run)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1])
     return float(done.stdout.splitlines()[-1])
 
 
@@ -138,11 +143,18 @@ def measure(
             if not rows[peer]["failed"]:
                 with noting_failure(rows[peer]):
                     times[peer] += device.time_calls(step, itertools.repeat(x), seconds)
+    for peer, step in steps.items():
+        with noting_failure(rows[peer]):
+            if not math.isfinite(loss := step().item()):
+                raise ArithmeticError(f"the loss is {loss}")
     times = {peer: taken for peer, taken in times.items() if not rows[peer]["failed"]}
     for peer, taken in times.items():
         quartiles = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
         rows[peer] |= dict(zip(("q1_ms", "median_ms", "q3_ms"), quartiles, strict=True))
-    del steps
+    del step, steps
+    if kind == "cuda":
+        torch.compiler.reset()  # graphs of compiled networks have memory of their own
+        gc.collect()
     device.trim()
     for peer in times:
         with noting_failure(rows[peer]):
@@ -169,7 +181,7 @@ def table(rows: list[dict]) -> str:
         digits = 0 if row["device"] == "cpu" else 2
         quartiles = f"{row['q1_ms']:.{digits}f}–{row['q3_ms']:.{digits}f}"
         ratio = report.number(ours and row["median_ms"] / ours, "{:.2f}")
-        peak = report.number(row["peak_mib"], "{:.0f}")
+        peak = row["failed"] or report.number(row["peak_mib"], "{:.0f}")
         lines.append([row["peer"], f"{row['median_ms']:.{digits}f}", quartiles, ratio, peak])
     return report.text_table(lines)
 
@@ -248,13 +260,23 @@ def compare_depthwise(names: list[str], batch: int, rounds: int) -> None:
         print(f"{len(found)} layers, × {peer}: mean {statistics.geometric_mean(found):.2f}, least {min(found):.2f}")
 
 
+def write_csv(rows: list[dict], facts: dict, out: Path) -> None:
+    known = {name: facts.get(name, "") for name in ("gpu", "driver", "cpu", "isa")}
+    known |= {"torch": facts["versions"]["torch"], "commit": facts["commit"], "date": facts["date"]}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *known])
+        writer.writeheader()
+        writer.writerows(row | known for row in rows)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks.training", description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--device", choices=tuple(PEERS), default="cpu")
     parser.add_argument("--peer", nargs="+", metavar="PEER", help="default: all that the device has")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32; fp16 on cuda")
-    parser.add_argument("--batch", type=positive, help="default: 16, 256 on cuda; xception 8, 64")
+    parser.add_argument("--batch", type=positive, help="default: 16, 256 on cuda; xception 8, 32")
     parser.add_argument("--threads", type=thread_count, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "training.csv")
@@ -293,13 +315,7 @@ def main(arguments=None):
         where = f"{options.threads} threads" if options.device == "cpu" else facts["gpu"]
         print(f"{name}, {options.dtype}, batch {batch}, {where}", table(found), "", sep="\n", flush=True)
         rows += found
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "w", newline="") as file:
-        known = {name: facts.get(name, "") for name in ("gpu", "driver", "cpu", "isa")}
-        known |= {"torch": facts["versions"]["torch"], "commit": facts["commit"], "date": facts["date"]}
-        writer = csv.DictWriter(file, [*rows[0], *known])
-        writer.writeheader()
-        writer.writerows(row | known for row in rows)
+        write_csv(rows, facts, options.out)
     print("written:", options.out)
     return int(any(row["failed"] for row in rows))
 

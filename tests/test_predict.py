@@ -134,7 +134,21 @@ def test_what_was_measured_stands_beside_the_prediction_and_stays(tmp_path, caps
     before = file.read_bytes()
     other = write(tmp_path / "other.csv", [{"name": "1"}])
     on_cpu = write(tmp_path / "cpu.csv", [result | {"device": "cpu"}])
-    for given, what in ((other, "is no file of"), (on_cpu, "was not measured on a GPU"), ("none.csv", "No such file")):
+    old = write(tmp_path / "old.csv", [{"network": "mobilenet_v1", "first_loss": "7", "median_ms": "9"}])
+    broken = write(tmp_path / "broken.csv", [result | {"median_ms": "abc"}])
+    strange = write(tmp_path / "strange.csv", [result | {"batch": "128"}])
+    capsys.readouterr()
+    assert predict.main([*command, "--measured", strange]) == 0
+    said = capsys.readouterr().out
+    assert f"predictions_layers.csv: of 1 measured, 1 have no prediction, as {case}, fp16, 128, forward" in said
+    before = file.read_bytes()
+    for given, what in (
+        (old, "was not measured on a GPU"),
+        (broken, "broken.csv is not as it was written"),
+        (other, "is no file of"),
+        (on_cpu, "was not measured on a GPU"),
+        ("none.csv", "No such file"),
+    ):
         with pytest.raises(SystemExit):
             predict.main([*command, "--measured", given])
         assert what in capsys.readouterr().err

@@ -234,16 +234,25 @@ def depthwise_backward_tile(
     """Patches of 7 × 2 inputs, whose gradients' loads serve all their taps, where registers allow: a thread holds for
     each of its channels the patch's inputs and sums, a column of the outputs' gradients, a sum for each tap and the
     taps of a column, beside what the compiler takes for addresses, of which stride 2 has four classes, and contiguous
-    images, in which a patch is one column wide, the most. Two channels a thread: four would leave eight warps a
-    multiprocessor, not twelve.
+    images, in which a patch is one column wide, the most. Two channels a thread, where they lie together: four would
+    leave eight warps a multiprocessor, not twelve.
     """
     _, channels, height, width = in_shape
     class_height, class_width = -(-height // stride[0]), -(-width // stride[1])
     apart = stride != (1, 1)
     words, taps = max(1, itemsize // 4), multiplier * kernel[0] * kernel[1]
-    room = 110 if not channels_last else 100 if apart else 140 if itemsize == 2 and chip.capability < 100 else 136
+    if not channels_last:
+        room = 110
+    elif apart:
+        room = 100 if taps <= 25 else 70
+    else:
+        room = 140 if itemsize == 2 and chip.capability < 100 else 136
 
     def fits(rows: int, columns: int, elements: int) -> bool:
+        if rows * columns * taps > 400:  # products, the code of each of which takes time to compile
+            return (rows, columns) == (1, 1)
+        if channels_last and channels % elements:  # loaded one by one, each with an address of its own
+            return False
         return words * elements * (2 * rows * columns + rows + 2 * kernel[0] + taps) <= room
 
     tall = channels_last and not (itemsize == 2 and chip.capability >= 100)  # where more spills
