@@ -10,6 +10,8 @@ holds of one, and spills, one by one. An activation changes no tile: batch norms
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -116,7 +118,8 @@ def page(table: list[Row], compiled: dict[tuple[int, int], Resources], capabilit
                     spills.append(f"- {where}: {r.shared_bytes} bytes of shared memory, more than there is")
         lines.append([*key, *cells])
     rows = ["| " + " | ".join(line) + " |" for line in lines]
-    made = f"Made by `python -m benchmarks.triton_tiles`, triton {triton.__version__}."
+    command = shlex.join(["python", "-m", "benchmarks.triton_tiles", *sys.argv[1:]])
+    made = f"Made by `{command}`, triton {triton.__version__}."
     units = "Variants · most registers a thread · most bytes of shared memory a program · fewest resident warps."
     found = f"Of {count} variants, these spill or ask for too much:" if spills else f"None of {count} variants spills."
     text = __doc__.partition("\n\n")[2]
