@@ -28,7 +28,7 @@ test: $(BUILT) $(DEMO_DEPS) $(TEST_DEPS) $(TRAIN_DEPS)
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_triton_kernels.py tests/test_triton_ops.py tests/test_accelerate_cuda.py
 
-# What the compiler makes of the Triton kernels: docs/triton.md, and docs/triton_tiles.md. Needs no GPU, but an hour.
+# What the compiler makes of the Triton kernels: docs/triton.md, and docs/triton_tiles.md. Needs no GPU, but twenty minutes.
 check-triton: $(BUILT) $(TEST_DEPS)
 	$(RUN) -m benchmarks.triton_offline
 	$(RUN) -m benchmarks.triton_tiles

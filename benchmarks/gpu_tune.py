@@ -99,34 +99,33 @@ def patch_tile(
     return tiles.PatchTile(rows, columns, patches, channels, warps, -(-strips * blocks // patches))
 
 
-def depthwise_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.PatchTile]:
-    _, channels_last, itemsize, (_, channels, *size), kernel, stride = args
+def patch_variants(
+    tile: tiles.PatchTile, size: tuple[int, int], channels: int, patches: tuple[tuple[int, int], ...]
+) -> Iterator[tiles.PatchTile]:
+    """Other channels and warps with the tile's patch, and other patches, of a map of this size."""
     elements = tile.patches * tile.channels // (32 * tile.warps)
-    if not channels_last:
-        return
     for block_c in sorted({tile.channels, 32, 64}):
         for warps in (1, 2, 4):
             for each in (elements, elements // 2):
                 if each and block_c <= 2 * channels:
                     yield patch_tile(size, tile.rows, tile.columns, block_c, warps, each)
-    for rows, columns in ((2, 2), (4, 1), (4, 2), (7, 1), (7, 2)):
-        columns = min(columns, size[1]) if not tiles.is_large(kernel) else 1
-        yield patch_tile(size, min(rows, size[0]), columns, tile.channels, tile.warps, elements)
+    for rows, columns in patches:
+        yield patch_tile(size, min(rows, size[0]), min(columns, size[1]), tile.channels, tile.warps, elements)
+
+
+def depthwise_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.PatchTile]:
+    _, channels_last, itemsize, (_, channels, *size), kernel, stride = args
+    widest = 1 if tiles.is_large(kernel) else 2
+    patches = tuple((rows, min(columns, widest)) for rows, columns in ((2, 2), (4, 1), (4, 2), (7, 1), (7, 2)))
+    if channels_last:
+        yield from patch_variants(tile, size, channels, patches)
 
 
 def gradient_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.PatchTile]:
     _, channels_last, itemsize, (_, channels, height, width), kernel, multiplier, stride = args
-    elements = tile.patches * tile.channels // (32 * tile.warps)
     size = -(-height // stride[0]), -(-width // stride[1])
-    if not channels_last:
-        return
-    for block_c in sorted({tile.channels, 32, 64}):
-        for warps in (1, 2, 4):
-            for each in (elements, elements // 2):
-                if each and block_c <= 2 * channels:
-                    yield patch_tile(size, tile.rows, tile.columns, block_c, warps, each)
-    for rows, columns in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (7, 1)):
-        yield patch_tile(size, min(rows, size[0]), min(columns, size[1]), tile.channels, tile.warps, elements)
+    if channels_last:
+        yield from patch_variants(tile, size, channels, ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (7, 1)))
 
 
 def product_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.ProductTile]:

@@ -21,7 +21,7 @@ from mobilenet_fast.triton_kernels import tiles
 BATCHES = (1, 32, 256)
 DTYPES = {torch.float16: "fp16", torch.float32: "fp32"}  # by the suite's names
 # Instructions for each tap of our backward kernel, beside an epilogue's for each input, as compiled in float16 for
-# stride 1: 42 in all for 3×3, 90 for 5×5, 192 for 7×7. One gradient's multiply-add is one of them.
+# stride 1: 42 in all for 3×3, 90 for 5×5. One gradient's multiply-add is one of them.
 BACKWARD_TAP = 3.2
 
 
