@@ -206,6 +206,7 @@ def choice_of(step: Any) -> tuple | None:
 class Timing:
     """One step with one tile. ``bytes``: inputs, weights and outputs once."""
 
+    gpu: str
     model: str
     dtype: str
     batch: int
@@ -324,7 +325,7 @@ def gradients_with_tiles(model: str, batch: int, dtype: torch.dtype, device: str
         geometry = (layer.stride, layer.stride), layer.padding, (1, 1)
         y = depthwise_conv2d(x, weight, None, *geometry)
         kernels = predict_layers.kernels_of(layer, "forward+both", batch, dtype)[1:]  # without the forward pass
-        call = predict_layers.Call(dtype).add(kernels)
+        call = predict_layers.Call(dtype, roofline.limits_of(torch.device(device))).add(kernels)
         step = Gradients(layer, call, lambda a=(y, x, weight, *geometry): depthwise_conv2d_backward(*a))
         yield from tiles_of(row, step, step.run, sweep, seen)
 
@@ -356,6 +357,8 @@ def measure_us(call: Callable[[], Any], runs: int = 5) -> float:
 
 
 def timings_of(model: str, batch: int, dtype: str, way: str, sweep: bool) -> Iterator[tuple[Trial, Timing]]:
+    device = torch.device("cuda")
+    gpu, limits = torch.cuda.get_device_name(device), roofline.limits_of(device)
     if way == "gradients":
         trials = gradients_with_tiles(model, batch, DTYPES[dtype], "cuda", sweep)
     else:
@@ -373,10 +376,11 @@ def timings_of(model: str, batch: int, dtype: str, way: str, sweep: bool) -> Ite
             if way == "gradients":
                 line, seconds = step, step.seconds
             else:
-                line, seconds = plan.report.rows[trial.row], step.work.seconds()
+                line, seconds = plan.report.rows[trial.row], step.work.seconds(limits)
             yield (
                 trial,
                 Timing(
+                    gpu,
                     *(model, dtype, batch, way, trial.row, line.name, line.operation, "x".join(map(str, line.shape))),
                     *(step.kernel, line.bytes, 1e6 * seconds, "" if tile is None else shorten(tile)),
                     *(trial.is_default, us),

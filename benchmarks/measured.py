@@ -4,7 +4,7 @@ which `benchmarks.predict` predicts it."""
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +25,14 @@ def name_of(dtype: str) -> str:
 class Measured:
     """Values as written, in the unit of the prediction's column; of two files the later one's."""
 
+    chips: Collection[str]
+    """The names that predictions have; another GPU goes by its own."""
     layers: dict[Key, str] = field(default_factory=dict)
-    """µs, by case, dtype (fp16), batch and direction."""
+    """µs, by chip, case, dtype (fp16), batch and direction."""
     steps: dict[Key, str] = field(default_factory=dict)
-    """µs, by model, dtype (float16), batch, step, kernel and the output's shape."""
+    """µs, by chip, model, dtype (float16), batch, step, kernel and the output's shape."""
     networks: dict[Key, str] = field(default_factory=dict)
-    """ms, by model, dtype (float16), batch and what: inference or training."""
+    """ms, by chip, model, dtype (float16), batch and what: inference or training."""
 
     def add(self, file: Path) -> None:
         """Raises ValueError if it is none of those files, or not of a GPU."""
@@ -40,9 +42,10 @@ class Measured:
         reader = next((reader for column, reader in readers.items() if rows and column in rows[0]), None)
         if reader is None:
             raise ValueError(f"predict: {file} is no file of benchmarks, gpu_session, gpu_tune or training")
-        # gpu_tune's are of a GPU in any case.
-        if any((row.get("device") or ("cuda" if reader == self._steps else "cpu")) != "cuda" for row in rows):
+        if any(row.get("device", "cuda") != "cuda" or not row.get("gpu") for row in rows):
             raise ValueError(f"predict: {file} was not measured on a GPU")
+        for row in rows:
+            row["chip"] = next((chip for chip in self.chips if chip in row["gpu"].split()), row["gpu"])
         try:
             reader([row for row in rows if row.get("median_ms") or row.get("us")])
         except (KeyError, ValueError) as error:
@@ -51,7 +54,7 @@ class Measured:
     def _suite(self, rows: list[dict[str, str]]) -> None:
         for row in _by_preference(rows, OF_LAYERS):
             if row["suite"] == "layers":
-                key = row["case"], row["dtype"], row["batch"], row["direction"]
+                key = row["chip"], row["case"], row["dtype"], row["batch"], row["direction"]
                 self.layers[key] = f"{1e3 * float(row['median_ms']):.2f}"
         for row in rows:
             if (row["suite"], row["peer"], row["direction"]) == ("models", "accelerate", "forward"):
@@ -61,7 +64,7 @@ class Measured:
         for row in rows:
             if row["way"] == "planned" and row["is_default"] == "True":
                 shape = row["shape"].replace("x", "×")
-                key = row["model"], name_of(row["dtype"]), row["batch"], row["step"], row["kernel"], shape
+                key = row["chip"], row["model"], name_of(row["dtype"]), row["batch"], row["step"], row["kernel"], shape
                 self.steps[key] = f"{float(row['us']):.2f}"
 
     def _training(self, rows: list[dict[str, str]]) -> None:
@@ -69,7 +72,7 @@ class Measured:
             self._network(row["network"], row, "training")
 
     def _network(self, model: str, row: dict[str, str], what: str) -> None:
-        self.networks[model, name_of(row["dtype"]), row["batch"], what] = f"{float(row['median_ms']):.3f}"
+        self.networks[row["chip"], model, name_of(row["dtype"]), row["batch"], what] = f"{float(row['median_ms']):.3f}"
 
 
 def _by_preference(rows: list[dict[str, str]], peers: tuple[str, ...]) -> Iterator[dict[str, str]]:

@@ -1,11 +1,11 @@
 """What each step of the family's networks should take on a GPU: ``python -m benchmarks.predict``.
 
 Writes docs/gpu_predictions.md; its .csv with every step, gpu_predictions_layers.csv with every layer of the suite
-(benchmarks/predict_layers.py), and gpu_predictions_networks.csv. The steps are those that `accelerate` plans for CUDA,
-the times those that it chooses fused blocks by (mobilenet_fast/accelerate/roofline.py). What a GPU took has a column of
-its own, which is empty as long as nothing was measured: the prediction is there to be compared with, and to say
-beforehand which steps deserve work. ``--measured`` fills it from what `benchmarks --device cuda`, `gpu_session`,
-`gpu_tune` and `training --device cuda` wrote; later runs keep it. No GPU is needed.
+(benchmarks/predict_layers.py), and gpu_predictions_networks.csv. The steps are those that `accelerate` plans for each
+chip, the times those that it chooses fused blocks by (mobilenet_fast/accelerate/roofline.py). What a GPU took has a
+column of its own, which is empty as long as nothing was measured: the prediction is there to be compared with, and to
+say beforehand which steps deserve work. ``--measured`` fills it, by the name of the chip, from what `benchmarks
+--device cuda`, `gpu_session`, `gpu_tune` and `training --device cuda` wrote; later runs keep it. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mobilenet_fast import models
 from mobilenet_fast.accelerate import cuda
 from mobilenet_fast.accelerate.capture import Capture
 from mobilenet_fast.accelerate.passes import optimise
-from mobilenet_fast.accelerate.roofline import H100, Work
+from mobilenet_fast.accelerate.roofline import H100, H200, Limits, Work
 
 BATCHES = (1, 32, 256)
 DTYPES = (torch.float16, torch.float32)  # bfloat16 counts as float16 does
@@ -41,12 +41,15 @@ MODELS = {
     "googlenet": 224,
     "inception_v3": 299,
 }
+CHIPS = {"H100": H100, "H200": H200}
 Steps = list[tuple[cuda.Row, Work]]
-Networks = dict[tuple[str, torch.dtype], dict[int, Steps]]
+Networks = dict[tuple[str, str, torch.dtype], dict[int, Steps]]
+"""By chip, model and dtype; then by batch."""
 
 
-def steps_of(model: str, size: int, dtype: torch.dtype = torch.float16) -> dict[int, Steps]:
-    """For each batch size, the plan's rows in this dtype, and what each asks of the GPU."""
+def steps_of(model: str, dtype: torch.dtype, limits: Limits) -> dict[int, Steps]:
+    """For each batch size, the rows of a chip's plan in this dtype, and what each asks of the GPU."""
+    size = MODELS[model]
     options = {"aux_logits": False} if model in ("googlenet", "inception_v3") else {}
     network = models.create_model(model, **options).eval().requires_grad_(False).to(dtype)
     capture = Capture(network, (torch.zeros(2, 3, size, size, dtype=dtype),), {}, None)
@@ -54,22 +57,23 @@ def steps_of(model: str, size: int, dtype: torch.dtype = torch.float16) -> dict[
     for batch in BATCHES:
         image = torch.empty(batch, 3, size, size, dtype=dtype, device="meta")
         graph = optimise(capture.lower([image], network.state_dict(), cuda.KERNEL_DTYPES))
-        plan = cuda.build(graph, cuda.CudaWeights(), torch.device("cpu"), H100)
+        plan = cuda.build(graph, cuda.CudaWeights(), torch.device("cpu"), limits)
         works = [step.work for step in plan.steps if step.kernel]
         found[batch] = list(zip(plan.report.rows, works, strict=True))
     return found
 
 
-STEP = "model", "dtype", "batch", "step", "kernel", "output"
-LAYER = "case", "dtype", "batch", "direction"
-NETWORK = "model", "dtype", "batch", "what"
+STEP = "chip", "model", "dtype", "batch", "step", "kernel", "output"
+LAYER = "chip", "case", "dtype", "batch", "direction"
+NETWORK = "chip", "model", "dtype", "batch", "what"
 
 
 def step_rows(networks: Networks) -> Iterator[dict]:
-    for (model, dtype), batches in networks.items():
+    for (chip, model, dtype), batches in networks.items():
         for batch, steps in batches.items():
             for i, (row, work) in enumerate(steps):
                 yield {
+                    "chip": chip,
                     "model": model,
                     "dtype": _name(dtype),
                     "batch": batch,
@@ -79,21 +83,24 @@ def step_rows(networks: Networks) -> Iterator[dict]:
                     "output": _shape(row.shape),
                     "bytes": row.bytes,
                     "macs": row.macs,
-                    "bound": work.bound(),
-                    "predicted_us": f"{1e6 * work.seconds():.2f}",
+                    "bound": work.bound(CHIPS[chip]),
+                    "predicted_us": f"{1e6 * work.seconds(CHIPS[chip]):.2f}",
                 }
 
 
 def network_rows(networks: Networks) -> Iterator[dict]:
     """Of inference, by the plan's steps; of training, forward and backward of its layers, and the same by PyTorch's
     passes."""
-    for (model, dtype), batches in networks.items():
+    for (chip, model, dtype), batches in networks.items():
+        limits = CHIPS[chip]
         for batch, steps in batches.items():
-            seconds = sum(work.seconds() for _, work in steps)
-            known = {"model": model, "dtype": _name(dtype), "batch": batch}
+            seconds = sum(work.seconds(limits) for _, work in steps)
+            known = {"chip": chip, "model": model, "dtype": _name(dtype), "batch": batch}
             yield known | {"what": "inference", "predicted_ms": f"{1e3 * seconds:.3f}", "pytorch_ms": ""}
             if batch > 1:
-                ours, pytorch = (predict_layers.training_seconds(model, batch, dtype, own) for own in (True, False))
+                ours, pytorch = (
+                    predict_layers.training_seconds(limits, model, batch, dtype, own) for own in (True, False)
+                )
                 predicted = {"predicted_ms": f"{1e3 * ours:.3f}", "pytorch_ms": f"{1e3 * pytorch:.3f}"}
                 yield known | {"what": "training"} | predicted
 
@@ -126,18 +133,20 @@ def table(heading: tuple[str, ...], rows: list[tuple]) -> str:
 
 
 def summary(networks: Networks, rows: list[dict]) -> str:
-    found = {(row["model"], row["dtype"], row["batch"]): row for row in rows if row["what"] == "inference"}
+    found = {tuple(row[name] for name in NETWORK): row for row in rows}
     lines = []
-    for (model, dtype), batches in networks.items():
+    for (chip, model, dtype), batches in networks.items():
+        limits = CHIPS[chip]
         for batch, steps in batches.items():
-            seconds, bounds = sum(work.seconds() for _, work in steps), Counter()
+            seconds, bounds = sum(work.seconds(limits) for _, work in steps), Counter()
             for _, work in steps:
-                bounds[work.bound()] += work.seconds()
+                bounds[work.bound(limits)] += work.seconds(limits)
             shares = ", ".join(f"{bound} {100 * value / seconds:.0f} %" for bound, value in bounds.most_common())
-            row, megabytes = found[model, _name(dtype), batch], sum(row.bytes for row, _ in steps) / 1e6 / batch
-            counted = model, _name(dtype), batch, len(steps), f"{megabytes:.1f}"
+            row = found[chip, model, _name(dtype), batch, "inference"]
+            megabytes = sum(row.bytes for row, _ in steps) / 1e6 / batch
+            counted = chip, model, _name(dtype), batch, len(steps), f"{megabytes:.1f}"
             lines.append((*counted, row["predicted_ms"], f"{batch / seconds:,.0f}", shares, row["measured_ms"]))
-    first = "model", "dtype", "batch", "kernels", "MB an image"
+    first = "chip", "model", "dtype", "batch", "kernels", "MB an image"
     return table((*first, "predicted ms", "images/s", "of it bound by", "measured ms"), lines)
 
 
@@ -148,9 +157,9 @@ def training(rows: list[dict]) -> str:
         if row["what"] == "training":
             ours, pytorch = float(row["predicted_ms"]), float(row["pytorch_ms"])
             times = f"{ours:.2f}", f"{pytorch:.2f}", f"{pytorch / ours:.2f}"
-            lines.append((row["model"], row["dtype"], row["batch"], *times, row["measured_ms"]))
+            lines.append((row["chip"], row["model"], row["dtype"], row["batch"], *times, row["measured_ms"]))
     last = "predicted ms", "PyTorch's passes, ms", "ratio", "measured step, ms"
-    return table(("model", "dtype", "batch", *last), lines)
+    return table(("chip", "model", "dtype", "batch", *last), lines)
 
 
 def details(rows: list[dict]) -> str:
@@ -170,16 +179,17 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
 
 
-HEAD = f"""# What an H100 should take
+HEAD = f"""# What an H100 and an H200 should take
 
-**STATUS** Made by `python -m benchmarks.predict`; every step is in
-[gpu_predictions.csv](gpu_predictions.csv). Their constants are fitted to one run of MobileNetV3-Large on an H200
-([gpu.md](gpu.md)), whose memory is faster; the other networks have not been timed.
+**STATUS** Made by `python -m benchmarks.predict`; every step of both chips' plans is in
+[gpu_predictions.csv](gpu_predictions.csv). The constants are fitted to one run of MobileNetV3-Large on an H200
+([gpu.md](gpu.md)); the other networks have not been timed.
 
 The steps that `accelerate` plans for CUDA, all of them in one CUDA graph, without the copies of inputs
 and outputs. A step takes {1e6 * H100.launch_seconds:.1f} µs, and the longest of these:
 
-- *memory*: its bytes (inputs, weights and outputs once) at {H100.copy_bytes / 1e12:.1f} TB/s; tensors of less than
+- *memory*: its bytes (inputs, weights and outputs once) at {H100.copy_bytes / 1e12:.1f} TB/s on an H100 and
+  {H200.copy_bytes / 1e12:.1f} on an H200, all else being alike; tensors of less than
   {H100.l2_bytes / 2**21:.0f} MiB, half of the L2 cache, and what a fused block reads again, at
   {H100.l2_bytes_a_second / 1e12:.1f} TB/s;
 - *tensor cores*: multiply-adds of products at {2 * H100.half_macs / 1e12:.0f} TFLOP/s in float16 and bfloat16, half of
@@ -206,10 +216,11 @@ def page(networks: Networks, steps: list[dict], of_networks: list[dict]) -> str:
     status = "Predictions; what was measured stands beside them." if measured else "Predictions, no measurements."
     batch = BATCHES[-1]
     sections = []
-    for model, dtype in networks:
-        if dtype == torch.float16:
-            rows = [r for r in steps if (r["model"], r["dtype"], r["batch"]) == (model, _name(dtype), batch)]
-            sections.append(f"## {model}, float16, batch {batch}\n\n{details(rows)}\n")
+    for chip, model, dtype in networks:
+        if (chip, dtype) == ("H200", torch.float16):
+            key = chip, model, _name(dtype), batch
+            rows = [row for row in steps if tuple(row[name] for name in STEP[:4]) == key]
+            sections.append(f"## {model}, H200, float16, batch {batch}\n\n{details(rows)}\n")
     tables = [summary(networks, of_networks) + "\n", TRAINING, training(of_networks) + "\n"]
     return "\n".join([HEAD.replace("STATUS", status), *tables, *sections])
 
@@ -222,18 +233,23 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = ROOT / "docs" if options.model == list(MODELS) else ROOT / "benchmarks" / "results"
     out = options.out or folder / "gpu_predictions.md"
-    found = Measured()
+    found = Measured(CHIPS)
     for file in options.measured:
         try:
             found.add(file)
         except (OSError, ValueError) as error:
             parser.error(str(error))
-    networks = {(model, dtype): steps_of(model, MODELS[model], dtype) for dtype in DTYPES for model in options.model}
+    networks = {
+        (chip, model, dtype): steps_of(model, dtype, limits)
+        for chip, limits in CHIPS.items()
+        for dtype in DTYPES
+        for model in options.model
+    }
     steps, of_networks = list(step_rows(networks)), list(network_rows(networks))
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out.with_suffix(".csv"), *(out.with_name(f"{out.stem}_{what}.csv") for what in ("layers", "networks"))]
     write(files[0], steps, STEP, "measured_us", found.steps)
-    write(files[1], list(predict_layers.layer_rows()), LAYER, "measured_us", found.layers)
+    write(files[1], list(predict_layers.layer_rows(CHIPS)), LAYER, "measured_us", found.layers)
     write(files[2], of_networks, NETWORK, "measured_ms", found.networks)
     out.write_text(page(networks, steps, of_networks), encoding="utf-8")
     print(summary(networks, of_networks))

@@ -7,6 +7,7 @@ caches first. Of training, layer by layer, PyTorch's passes are counted as well.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks.cases import layers
 from benchmarks.cases.layers import BatchNorm, Convolution, Layer, SqueezeExcite
-from mobilenet_fast.accelerate.roofline import EPILOGUE, H100, TAP, Work
+from mobilenet_fast.accelerate.roofline import EPILOGUE, TAP, Limits, Work
 from mobilenet_fast.triton_kernels import tiles
 
 BATCHES = (1, 32, 256)
@@ -39,13 +40,16 @@ class Call:
     """Kernels one after another."""
 
     dtype: torch.dtype
+    limits: Limits
     touched: set[str] = field(default_factory=set)
     works: list[Work] = field(default_factory=list)
 
     def add(self, kernels: list[Kernel]) -> Call:
         for kernel in kernels:
             sizes = {name: count * self.dtype.itemsize for name, count in kernel.images.items()}
-            cached = sum(size for name, size in sizes.items() if name in self.touched and size <= H100.l2_bytes // 2)
+            cached = sum(
+                size for name, size in sizes.items() if name in self.touched and size <= self.limits.l2_bytes // 2
+            )
             instructions = kernel.instructions or EPILOGUE * max(kernel.images.values())
             memory = sum(sizes.values()) - cached
             self.works.append(Work(memory, cached, kernel.macs, instructions, dtype=self.dtype))
@@ -54,7 +58,7 @@ class Call:
 
     @property
     def seconds(self) -> float:
-        return sum(work.seconds() for work in self.works)
+        return sum(work.seconds(self.limits) for work in self.works)
 
     @property
     def bytes(self) -> float:
@@ -66,7 +70,7 @@ class Call:
 
     @property
     def bound(self) -> str:
-        return max(self.works, key=Work.seconds).bound()
+        return max(self.works, key=lambda work: work.seconds(self.limits)).bound(self.limits)
 
 
 def kernels_of(layer: Layer, direction: str, batch: int, dtype: torch.dtype, ours: bool = True) -> list[Kernel]:
@@ -159,9 +163,9 @@ def _squeeze_excite(x: float, vectors: float, backward: bool, ours: bool) -> lis
     return [*forward, *products, *[small] * 12, Kernel({"mean": x}), Kernel({"gated": x, "mean": x, "grad x": x})]
 
 
-def layer_rows() -> Iterator[dict]:
-    """One for each of the suite's layers on a GPU, with batch, dtype and direction."""
-    for case in layers.cases():
+def layer_rows(chips: dict[str, Limits]) -> Iterator[dict]:
+    """One for each chip and each of the suite's layers on a GPU, with batch, dtype and direction."""
+    for (chip, limits), case in itertools.product(chips.items(), layers.cases()):
         if "cuda" not in case.devices:
             continue
         layer = layers.parse(case.name)
@@ -170,8 +174,9 @@ def layer_rows() -> Iterator[dict]:
                 continue
             for batch in case.batches or BATCHES:
                 for direction in case.directions:
-                    call = Call(dtype).add(kernels_of(layer, direction, batch, dtype))
+                    call = Call(dtype, limits).add(kernels_of(layer, direction, batch, dtype))
                     yield {
+                        "chip": chip,
                         "case": case.name,
                         "dtype": label,
                         "batch": batch,
@@ -184,12 +189,12 @@ def layer_rows() -> Iterator[dict]:
                     }
 
 
-def training_seconds(name: str, batch: int, dtype: torch.dtype, ours: bool) -> float:
+def training_seconds(limits: Limits, name: str, batch: int, dtype: torch.dtype, ours: bool) -> float:
     """Of forward and backward of a network's convolutions, batch norms with their activations, and squeeze-excites.
     Residuals, pooling, the classifier, the loss and the optimizer are left out.
     """
     total = 0.0
     for layer in layers.found(name):
         direction = "training" if isinstance(layer, BatchNorm) else "forward+both"
-        total += Call(dtype).add(kernels_of(layer, direction, batch, dtype, ours)).seconds
+        total += Call(dtype, limits).add(kernels_of(layer, direction, batch, dtype, ours)).seconds
     return total

@@ -90,7 +90,7 @@ def test_ways_of_fusing(plan):
 
 def test_summary_names_what_is_faster():
     first = gpu_tune.Timing(
-        MODEL, "fp16", 1, "planned", 0, "", "", "1x8x7x7", "Triton conv2d", 1000, 1.0, "a=1", True, 4.0
+        "", MODEL, "fp16", 1, "planned", 0, "", "", "1x8x7x7", "Triton conv2d", 1000, 1.0, "a=1", True, 4.0
     )
     found = gpu_tune.summary([first, replace(first, tile="a=2", is_default=False, us=2.0), replace(first, way="all")])
     assert "best     2.0 a=2" in found and found.splitlines()[-1] == f"{MODEL} batch 1 all: 4 us"
@@ -98,7 +98,7 @@ def test_summary_names_what_is_faster():
 
 def test_faster_tiles_are_kept_for_this_chip(plan, monkeypatch, tmp_path):
     image = torch.empty(1, 3, 224, 224, dtype=torch.float16)
-    timing = gpu_tune.Timing(MODEL, "fp16", 1, "planned", 0, "", "", "", "", 1000, 1.0, "", True, None)
+    timing = gpu_tune.Timing("", MODEL, "fp16", 1, "planned", 0, "", "", "", "", 1000, 1.0, "", True, None)
     monkeypatch.setenv("MOBILENET_FAST_TILES", str(tmp_path / "made" / "tiles.json"))
     timed = []
 

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from mobilenet_fast.accelerate.roofline import H100, Work
+from mobilenet_fast.accelerate.roofline import H100, H200, Work
 
 pytest.importorskip("triton")
 from benchmarks import predict, predict_layers  # noqa: E402
@@ -25,7 +25,7 @@ def test_a_step_takes_the_longest_of_what_it_needs():
 
 @pytest.fixture(scope="module")
 def steps():
-    return predict.steps_of("mobilenet_v3_small", 224)
+    return predict.steps_of("mobilenet_v3_small", torch.float16, H100)
 
 
 def test_bytes_of_a_batch(steps):
@@ -64,12 +64,12 @@ def test_page_and_csv(tmp_path, capsys):
     assert {row["batch"] for row in found} == {"1", "32", "256"} and not any(row["measured_us"] for row in found)
     totals = {}
     for dtype in ("float16", "float32"):
-        rows = [row for row in found if (row["batch"], row["dtype"]) == ("256", dtype)]
+        rows = [row for row in found if (row["chip"], row["batch"], row["dtype"]) == ("H200", "256", dtype)]
         totals[dtype] = sum(float(row["predicted_us"]) for row in rows)
-        heading = f"| mobilenet_v3_small | {dtype} | 256 |"
+        heading = f"| H200 | mobilenet_v3_small | {dtype} | 256 |"
         inference, training = [line.split("|") for line in text.splitlines() if line.startswith(heading)]
-        assert float(inference[6]) == pytest.approx(totals[dtype] / 1e3, rel=0.01)
-        assert 0 < float(training[4]) < float(training[5])
+        assert float(inference[7]) == pytest.approx(totals[dtype] / 1e3, rel=0.01)
+        assert 0 < float(training[5]) < float(training[6])
     assert totals["float32"] > 1.5 * totals["float16"]
     with file.with_name("predictions_layers.csv").open(newline="") as opened:
         of_layers = list(csv.DictReader(opened))
@@ -95,26 +95,41 @@ def test_what_was_measured_stands_beside_the_prediction_and_stays(tmp_path, caps
     file = tmp_path / "predictions.md"
     command = ["--model", "mobilenet_v3_small", "--out", str(file)]
     case = layers.cases()[0].name
-    result = {"case": case, "peer": "functional", "batch": "32", "direction": "forward", "device": "cuda"}
+    result = {
+        "case": case,
+        "peer": "functional",
+        "batch": "32",
+        "direction": "forward",
+        "device": "cuda",
+        "gpu": "NVIDIA H200",
+    }
     result |= {"suite": "layers", "dtype": "fp16", "median_ms": "0.5"}
     network = result | {"suite": "models", "case": "mobilenet_v3_small", "peer": "accelerate", "median_ms": "1.23456"}
     graph, failed = {"peer": "functional channels_last graph"}, {"batch": "1", "median_ms": ""}
     suite = [result | graph | {"median_ms": "0.0125"}, result, result | failed, network]
-    first = next(
-        predict.step_rows({("mobilenet_v3_small", torch.float32): predict.steps_of("mobilenet_v3_small", 224)})
-    )
-    timing = {"model": first["model"], "dtype": "fp32", "batch": "1", "way": "planned", "step": "0"}
+    name, dtype = "mobilenet_v3_small", torch.float32
+    first = next(predict.step_rows({("H200", name, dtype): predict.steps_of(name, dtype, H200)}))
+    timing = {
+        "gpu": "NVIDIA H200",
+        "model": first["model"],
+        "dtype": "fp32",
+        "batch": "1",
+        "way": "planned",
+        "step": "0",
+    }
     timing |= {"kernel": first["kernel"], "shape": first["output"].replace("×", "x"), "is_default": "True", "us": "3.5"}
     tuned = [timing, timing | {"is_default": "False", "us": "2"}, timing | {"way": "all", "us": "1"}]
     step = {"network": "mobilenet_v3_small", "peer": "replace_layers channels_last", "device": "cuda", "dtype": "fp16"}
-    step |= {"batch": "256", "first_loss": "7", "median_ms": "9"}
+    step |= {"gpu": "NVIDIA H100 80GB HBM3", "batch": "256", "first_loss": "7", "median_ms": "9"}
     training = [step, step | {"peer": "eager", "median_ms": "20"}]
     results = {"suite": suite, "tuned": tuned, "training": training}
     files = [write(tmp_path / f"{name}.csv", rows) for name, rows in results.items()]
     for given in (["--measured", *files], []):
         assert predict.main([*command, *given]) == 0
         found = {
-            what: [{name: row[name] for name in ("batch", "dtype", column)} for row in read(path) if row[column]]
+            what: [
+                {name: row[name] for name in ("chip", "batch", "dtype", column)} for row in read(path) if row[column]
+            ]
             for what, path, column in (
                 ("steps", file.with_suffix(".csv"), "measured_us"),
                 ("layers", tmp_path / "predictions_layers.csv", "measured_us"),
@@ -122,11 +137,11 @@ def test_what_was_measured_stands_beside_the_prediction_and_stays(tmp_path, caps
             )
         }
         assert found == {
-            "steps": [{"batch": "1", "dtype": "float32", "measured_us": "3.50"}],
-            "layers": [{"batch": "32", "dtype": "fp16", "measured_us": "12.50"}],
+            "steps": [{"chip": "H200", "batch": "1", "dtype": "float32", "measured_us": "3.50"}],
+            "layers": [{"chip": "H200", "batch": "32", "dtype": "fp16", "measured_us": "12.50"}],
             "networks": [
-                {"batch": "32", "dtype": "float16", "measured_ms": "1.235"},
-                {"batch": "256", "dtype": "float16", "measured_ms": "9.000"},
+                {"chip": "H100", "batch": "256", "dtype": "float16", "measured_ms": "9.000"},
+                {"chip": "H200", "batch": "32", "dtype": "float16", "measured_ms": "1.235"},
             ],
         }
         text = file.read_text(encoding="utf-8")
@@ -136,13 +151,18 @@ def test_what_was_measured_stands_beside_the_prediction_and_stays(tmp_path, caps
     on_cpu = write(tmp_path / "cpu.csv", [result | {"device": "cpu"}])
     old = write(tmp_path / "old.csv", [{"network": "mobilenet_v1", "first_loss": "7", "median_ms": "9"}])
     broken = write(tmp_path / "broken.csv", [result | {"median_ms": "abc"}])
-    strange = write(tmp_path / "strange.csv", [result | {"batch": "128"}])
+    strange = write(tmp_path / "strange.csv", [result | {"gpu": "NVIDIA A100"}])
     capsys.readouterr()
     assert predict.main([*command, "--measured", strange]) == 0
     said = capsys.readouterr().out
-    assert f"predictions_layers.csv: of 1 measured, 1 have no prediction, as {case}, fp16, 128, forward" in said
+    assert (
+        f"predictions_layers.csv: of 1 measured, 1 have no prediction, as NVIDIA A100, {case}, fp16, 32, forward"
+        in said
+    )
     before = file.read_bytes()
+    nowhere = write(tmp_path / "nowhere.csv", [{name: value for name, value in result.items() if name != "gpu"}])
     for given, what in (
+        (nowhere, "was not measured on a GPU"),
         (old, "was not measured on a GPU"),
         (broken, "broken.csv is not as it was written"),
         (other, "is no file of"),
@@ -170,7 +190,7 @@ def test_a_large_depthwise_convolution_by_hand():
     take longer than 43 instructions an element. Small kernels come to less than a hundredth."""
     layer = layers.LARGE[0][0]
     seconds = {
-        direction: predict_layers.Call(torch.float32)
+        direction: predict_layers.Call(torch.float32, H100)
         .add(predict_layers.kernels_of(layer, direction, 16, torch.float32))
         .seconds
         for direction in ("forward", "forward+both")
@@ -184,7 +204,9 @@ def test_a_large_depthwise_convolution_by_hand():
 def test_what_was_just_touched_comes_from_the_cache():
     """A backward pass reads its small input again, which the forward pass has read."""
     layer = layers.Convolution(16, 14, 14, 16, (3, 3), 1, (1, 1), True)
-    call = predict_layers.Call(torch.float16).add(predict_layers.kernels_of(layer, "forward+weight", 2, torch.float16))
+    call = predict_layers.Call(torch.float16, H100).add(
+        predict_layers.kernels_of(layer, "forward+weight", 2, torch.float16)
+    )
     image, (forward, backward, sums, *_) = 2 * 16 * 14**2 * 2, call.works
     partial = sums.cached_bytes
     assert partial % (16 * 9 * 4) == 0 and sums.memory_bytes == 0

@@ -94,7 +94,10 @@ def _forward(
 
     pixel_blocks = tl.cdiv(pixels, BLOCK_M)
     wait_for_inputs(DEPENDENT)
-    for block in range(tl.program_id(0) // out_blocks, images * pixel_blocks, tl.num_programs(0) // out_blocks):
+    first_block, blocks, step = tl.program_id(0) // out_blocks, images * pixel_blocks, tl.num_programs(0) // out_blocks
+    if not ONE_K:  # one block of pixels, said so that no address is kept in registers for a next one
+        blocks, step = first_block + 1, 1
+    for block in range(first_block, blocks, step):
         image = block // pixel_blocks
         first = block % pixel_blocks * BLOCK_M
         pixel = tl.arange(0, BLOCK_M)
