@@ -129,7 +129,7 @@ def gradient_variants(tile: tiles.PatchTile, args: tuple) -> Iterator[tiles.Patc
 
 
 def product_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.ProductTile]:
-    chip, itemsize, images, pixels, channels, out_channels = args
+    chip, itemsize, images, pixels, channels, out_channels, _ = args
 
     def made(m: int, n: int, k: int, warps: int, stages: int, rounds: float) -> tiles.ProductTile:
         out_blocks, blocks = -(-out_channels // n), images * -(-pixels // m)
@@ -152,6 +152,7 @@ def product_variants(tile: tiles.ProductTile, args: tuple) -> Iterator[tiles.Pro
         yield made(m, n // 2, k, w, 3, 4)
     if channels > k:
         yield made(m, n, 2 * k, w, 3, 4)
+        yield made(m, n, max(16, k // 2), w, 3, 4)
 
 
 def block_variants(tile: tiles.BlockTile, args: tuple) -> Iterator[tiles.BlockTile]:

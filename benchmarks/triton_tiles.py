@@ -4,7 +4,8 @@ Where docs/triton.md shows some layers, here are all: every layer of the benchma
 256, forward and backward in both layouts, and every step of these networks' plans, with the tiles that a chip of each
 architecture gets. What comes to the same code is compiled once. For each kernel, type and layout docs/triton_tiles.md
 says how many variants there are, the most registers and shared memory of any, the fewest warps that a multiprocessor
-holds of one, and spills, one by one. An activation changes no tile: batch norms have SiLU, which takes the most.
+holds of one, and spills, one by one: with fewer than 250 registers it is the compiler's choice, which keeps a value or
+two in memory for more warps. An activation changes no tile: batch norms have SiLU, which takes the most.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def page(table: list[Row], compiled: dict[tuple[int, int], Resources], capabilit
             for label, r in found:
                 where = f"{', '.join(key)}, sm_{capability}, {label}"
                 if r.spilled_bytes:
-                    spills.append(f"- {where}: {r.spilled_bytes} bytes spilled")
+                    spills.append(f"- {where}: {r.spilled_bytes} bytes spilled, {r.registers} registers")
                 if r.shared_bytes > CHIPS[capability].shared_bytes:
                     spills.append(f"- {where}: {r.shared_bytes} bytes of shared memory, more than there is")
         lines.append([*key, *cells])

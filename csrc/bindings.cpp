@@ -190,6 +190,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight, const OptionalTensor& bias,
          double eps) { return fold_batch_norm(mean, var, weight, bias, eps, current_isa()); },
       py::arg("mean"), py::arg("var"), py::arg("weight"), py::arg("bias"), py::arg("eps"));
+  m.def("batch_norm_fold", &batch_norm_fold, py::arg("statistics"), py::arg("weight"), py::arg("bias"),
+        py::arg("running_mean"), py::arg("running_var"), py::arg("momentum"), py::arg("count"), py::arg("eps"));
+  m.def("batch_norm_coefficients", &batch_norm_coefficients, py::arg("mean"), py::arg("inverse_deviation"),
+        py::arg("weight"), py::arg("sums"), py::arg("count"), py::arg("by_batch"));
   m.def("l2_cache_bytes", &l2_cache_bytes);
   m.def("hold_the_same", &hold_the_same);
   m.def(

@@ -70,7 +70,7 @@ def test_products_fit_the_shared_memory_of_small_chips(multiprocessors, itemsize
     for images, pixels in ((1, 1), (1, 49), (1, 196), (1, 64), (4, 196), (8, 196), (1, 1568), (32, 3136)):
         for channels in (16, 72, 120, 240, 480, 672, 960, 1280):
             for out_channels in (16, 24, 40, 112, 160, 672, 1000, 1280):
-                tile = tiles.pointwise_tile(chip, itemsize, images, pixels, channels, out_channels)
+                tile = tiles.pointwise_tile(chip, itemsize, images, pixels, channels, out_channels, pixels % 2 == 0)
                 stage = (tile.pixels + tile.out_channels) * tile.channels * itemsize
                 assert (tile.stages - 1) * stage <= chip.shared_bytes, tile
 

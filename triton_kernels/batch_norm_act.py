@@ -276,7 +276,10 @@ def _backward(
         mean_product = tl.load(sums_ptr + channels + channel, channels_here, 0.0) / count
     gradients = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     products = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    for block in range(part, images * pixel_blocks, parts):
+    blocks, step = images * pixel_blocks, parts
+    if partial_ptr is None:  # a program each: said so that no address is kept in registers for a next one
+        blocks, step = part + 1, 1
+    for block in range(part, blocks, step):
         image = block // pixel_blocks
         first = block % pixel_blocks * BLOCK_P
         here = (first + pixel < pixels)[:, None] & channels_here[None, :]

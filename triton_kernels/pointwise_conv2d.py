@@ -158,7 +158,8 @@ def pointwise_conv2d(
     if channels_last and gate is None:  # then nothing tells the images apart
         images, pixels, strides = 1, batch * pixels, pixel_strides
     chip = chip_of(input)
-    tile = pointwise_tile(chip, input.element_size(), images, pixels, channels, out_channels)
+    vector = vector_of_pixels(channels_last, *(t for t in (out, residual) if t is not None))
+    tile = pointwise_tile(chip, input.element_size(), images, pixels, channels, out_channels, vector > 1)
     if pixels * images:
         with on_device(input):
             _forward[(tile.programs,)](
@@ -172,7 +173,7 @@ def pointwise_conv2d(
                 PRECISION=dot_precision(input.dtype),
                 CHANNELS_LAST=channels_last,
                 VECTOR_IN=vector_of_pixels(channels_last, input),
-                VECTOR_OUT=vector_of_pixels(channels_last, *(t for t in (out, residual) if t is not None)),
+                VECTOR_OUT=vector,
                 BLOCK_M=tile.pixels,
                 BLOCK_N=tile.out_channels,
                 BLOCK_K=tile.channels,

@@ -309,10 +309,13 @@ class ProductTile:
 
 @_tunable(ProductTile)
 def pointwise_tile(
-    chip: Chip, itemsize: int, images: int, pixels: int, channels: int, out_channels: int
+    chip: Chip, itemsize: int, images: int, pixels: int, channels: int, out_channels: int, together: bool
 ) -> ProductTile:
     """All output channels in a block where 128 are enough, so that the input is read once; what a block has too many
     costs the tensor cores little.
+
+    ``together``: whether neighbours of what a thread stores lie together. In contiguous images of 7 × 7 or 19 × 19
+    pixels they don't: each element has an address, and threads have 32 at most, of few input channels at a time.
     """
     if itemsize == 8:
         block_n = fit(out_channels, 16, 32)
@@ -320,12 +323,14 @@ def pointwise_tile(
         block_n = max(16, power_of_2(out_channels))
     else:
         block_n = min((128, 64), key=lambda block: -(-out_channels // block) * block)
-    block_k = min(max(16, power_of_2(channels)), 256 // itemsize if itemsize < 8 else 16)
+    block_k = min(max(16, power_of_2(channels)), (256 if together else 128) // itemsize if itemsize < 8 else 16)
     loops = channels > block_k
     if loops:
         block_k = 128 // itemsize
     out_blocks = -(-out_channels // block_n)
-    large = itemsize == 2 and loops and block_n == 128  # 64 sums a thread of eight warps
+    large = itemsize == 2 and loops and block_n == 128 and together  # 64 sums a thread of eight warps
+    if large and chip.capability < 90:  # whose tensor cores take operands from registers
+        block_k //= 2
     block_m = 32 if itemsize == 8 else 128 if max(block_n, block_k) <= 64 or large else 64
     while block_m > 16 and (
         images * -(-pixels // block_m) * out_blocks < chip.multiprocessors or block_m >= 2 * pixels

@@ -126,6 +126,92 @@ at::Tensor batch_norm_statistics(const at::Tensor& x) {
   return statistics;
 }
 
+namespace {
+
+void check_statistics(const char* operation, const char* name, const at::Tensor& rows) {
+  TORCH_CHECK_TYPE(rows.scalar_type() == at::kFloat || rows.scalar_type() == at::kDouble, operation, ": ", name,
+                   " must be float32 or float64, got ", rows.scalar_type());
+  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) == 2 && rows.is_contiguous(), operation, ": ", name,
+                    " must be contiguous (2, C), got ", shape_string(rows.sizes()));
+}
+
+// An operand of each channel as the kernels read it: side by side.
+OptionalTensor each_channel(const char* operation, const char* name, const OptionalTensor& operand,
+                            const at::Tensor& like) {
+  check_vector(operation, name, operand, like.scalar_type(), like.size(-1));
+  return operand.has_value() ? OptionalTensor(operand->contiguous()) : std::nullopt;
+}
+
+// Moves a running statistic towards `batch` · `factor`.
+template <class T>
+void track(const OptionalTensor& running, const T* batch, double factor, double momentum) {
+  if (!running.has_value()) return;
+  T* value = static_cast<T*>(running->data_ptr());
+  for (int64_t c = 0; c < running->size(0); ++c, value += running->stride(0)) {
+    *value = static_cast<T>(momentum * (factor * batch[c]) + (1 - momentum) * *value);
+  }
+  running->unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_fold(const at::Tensor& statistics, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                                   const OptionalTensor& running_var, double momentum, int64_t count,
+                                                   double eps) {
+  constexpr const char* kName = "batch_norm_fold";
+  check_statistics(kName, "statistics", statistics);
+  const int64_t c = statistics.size(1);
+  const OptionalTensor gamma = each_channel(kName, "weight", weight, statistics);
+  const OptionalTensor beta = each_channel(kName, "bias", bias, statistics);
+  check_vector(kName, "running_mean", running_mean, statistics.scalar_type(), c);
+  check_vector(kName, "running_var", running_var, statistics.scalar_type(), c);
+  at::Tensor inverse = at::empty({c}, statistics.options()), folded = at::empty({2, c}, statistics.options());
+  dispatch(statistics.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T *mean = statistics.const_data_ptr<T>(), *var = mean + c;
+    const T *g = data_or_null<T>(gamma), *b = data_or_null<T>(beta);
+    T *of_deviation = inverse.data_ptr<T>(), *scale = folded.data_ptr<T>(), *shift = scale + c;
+    const T epsilon = static_cast<T>(eps);
+    for (int64_t i = 0; i < c; ++i) of_deviation[i] = 1 / std::sqrt(var[i] + epsilon);
+    for (int64_t i = 0; i < c; ++i) scale[i] = g == nullptr ? of_deviation[i] : of_deviation[i] * g[i];
+    for (int64_t i = 0; i < c; ++i) shift[i] = (b == nullptr ? T(0) : b[i]) - mean[i] * scale[i];
+    track(running_mean, mean, 1.0, momentum);
+    track(running_var, var, static_cast<double>(count) / static_cast<double>(std::max<int64_t>(count - 1, 1)),
+          momentum);
+  });
+  return {inverse, folded};
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_coefficients(const at::Tensor& mean, const at::Tensor& inverse_deviation,
+                                                           const OptionalTensor& weight, const at::Tensor& sums,
+                                                           int64_t count, bool by_batch) {
+  constexpr const char* kName = "batch_norm_coefficients";
+  check_statistics(kName, "sums", sums);
+  const int64_t c = sums.size(1);
+  const OptionalTensor centre = each_channel(kName, "mean", mean, sums);
+  const OptionalTensor inverse = each_channel(kName, "inverse_deviation", inverse_deviation, sums);
+  const OptionalTensor gamma = each_channel(kName, "weight", weight, sums);
+  at::Tensor rows = at::empty({4, c}, sums.options()), of_weight = at::empty({c}, sums.options());
+  dispatch(sums.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T *sum = sums.const_data_ptr<T>(), *product = sum + c, *d = data_or_null<T>(inverse);
+    const T* g = data_or_null<T>(gamma);
+    T *found = of_weight.data_ptr<T>(), *row = rows.data_ptr<T>();
+    T *factor = row + c, *slope = factor + c, *offset = slope + c;
+    const T share = by_batch ? static_cast<T>(-1.0 / static_cast<double>(count)) : T(0);
+    std::copy_n(data_or_null<T>(centre), c, row);
+    for (int64_t i = 0; i < c; ++i) {
+      found[i] = product[i] * d[i];
+      factor[i] = g == nullptr ? d[i] : d[i] * g[i];
+      const T a_value = factor[i] * share;
+      slope[i] = by_batch ? a_value * found[i] * d[i] : T(0);
+      offset[i] = by_batch ? a_value * sum[i] : T(0);
+    }
+  });
+  return {rows, of_weight};
+}
+
 at::Tensor batch_norm_apply(const at::Tensor& x, const ReadAs& read, const OptionalTensor& residual) {
   constexpr const char* kName = "batch_norm_apply";
   check_read_as(kName, x, read);

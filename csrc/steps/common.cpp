@@ -98,11 +98,6 @@ Buffer buffer_with_strides(const at::Tensor& tensor) {
 
 namespace {
 
-template <class T>
-const T* data_or_null(const OptionalTensor& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-}
-
 OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }

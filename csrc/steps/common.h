@@ -23,6 +23,10 @@ void check_input(const char* operation, const at::Tensor& input);
 void check_vector(const char* operation, const char* name, const OptionalTensor& tensor, at::ScalarType dtype,
                   int64_t size);
 std::string shape_string(at::IntArrayRef sizes);
+template <class T>
+const T* data_or_null(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+}
 
 // An image, not initialised. Large ones lie in memory that is kept when they are dropped, since the next call and the
 // next step of a training make the same ones anew, and pages that the system has to clear first cost as much as a pass

@@ -154,7 +154,7 @@ class PointwiseBackward final : public Step {
 
   size_t thread_scratch_bytes() const override {
     const int64_t panel = need_weight_ ? kernels_.panel_vectors * kernels_.lanes : 0;
-    return static_cast<size_t>(blocks_.largest() * (2 * shape_.c + columns_ + panel)) * sizeof(T);
+    return static_cast<size_t>(blocks_.largest() * (shape_.c + columns_ + panel)) * sizeof(T);
   }
   std::string describe() const override { return "pointwise gradients"; }
 
@@ -166,7 +166,7 @@ class PointwiseBackward final : public Step {
     const int64_t c = shape_.c;
     const T *grad = work.buffer<T>(0), *y = work.buffer<T>(1), *x = work.buffer<T>(2);
     T* scratch = reinterpret_cast<T*>(work.thread_scratch);
-    T *of_input = scratch, *z = scratch + rows.size() * c, *of_y = z + rows.size() * c;
+    T *z = scratch, *of_input = scratch, *of_y = scratch + rows.size() * c;  // the first two not at the same time
     const T* d = grad + rows.begin * columns_;
     if (gradient_.coefficients.has_value() || gradient_.activation != Activation::kNone) {
       blocks_.for_each_image(b, [&](int64_t image, Range part, int64_t) {

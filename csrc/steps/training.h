@@ -255,6 +255,17 @@ void gradient_before_norm(const Kernels<T>& kernels, const ReadAs& read, const O
 
 // Mean and biased variance of each channel, (2, C).
 at::Tensor batch_norm_statistics(const at::Tensor& x);
+// What a batch norm makes of its statistics: 1 / sqrt(variance + eps), and the rows scale and shift, (2, C). Running
+// statistics, where given, move by `momentum` of the way towards those of this batch, of `count` values a channel.
+std::tuple<at::Tensor, at::Tensor> batch_norm_fold(const at::Tensor& statistics, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                                   const OptionalTensor& running_var, double momentum, int64_t count,
+                                                   double eps);
+// From the sums of NormGradientArgs: the coefficients of GradientAt, through the statistics of `count` values a channel
+// if `by_batch`; and the gradient of the norm's weight.
+std::tuple<at::Tensor, at::Tensor> batch_norm_coefficients(const at::Tensor& mean, const at::Tensor& inverse_deviation,
+                                                           const OptionalTensor& weight, const at::Tensor& sums,
+                                                           int64_t count, bool by_batch);
 // z plus `residual`, where given.
 at::Tensor batch_norm_apply(const at::Tensor& x, const ReadAs& read, const OptionalTensor& residual);
 // (N, C): sums over pixels of activation(x · scale + shift), times `grad` where given.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import cpu, ops, reference
+from .. import _C, cpu, ops, reference
 from ..functional import _KERNEL_DTYPES, _PLAIN_TYPES
 from .batch_norm_act import normalised, uses_running_statistics
 from .conv2d_same import Conv2dSame
@@ -457,8 +457,14 @@ class _Block(torch.autograd.Function):
             if norm is not None:
                 if sums is None:
                     sums = _ops.batch_norm_gradient_sums(grad, output.x, *behind, norm.mean)
-                gamma = operands[i][1]
-                coefficients, grad_gamma = _norm_coefficients(norm, gamma, sums, output.x)
+                coefficients, grad_gamma = _C.batch_norm_coefficients(
+                    norm.mean,
+                    norm.inverse_deviation,
+                    operands[i][1],
+                    sums,
+                    output.x.numel() // sums.size(1),
+                    norm.by_batch,
+                )
                 grads[position + 1] = grad_gamma if wanted[1] else None
                 grads[position + 2] = sums[0] if wanted[2] else None
             gate = pooled = sums = None
@@ -592,44 +598,26 @@ def _convolve(stage: Stage, reading: Reading, weight: Tensor | None) -> tuple[Te
 def _normalise(norm: nn.BatchNorm2d, y: Tensor, statistics: Tensor | None, weight, bias) -> Normalised:
     """The batch norm's scale and shift; running statistics are brought up to date as `nn.BatchNorm2d` does."""
     by_batch = not uses_running_statistics(norm)
+    tracked, momentum = (None, None), 0.0
     if by_batch:
         F._verify_batch_size(y.shape)
         if statistics is None:
             statistics = _ops.batch_norm_statistics(y)
-        mean, var = statistics.unbind()
-        if norm.training and norm.track_running_stats:
-            _track(norm, mean, var, y.numel() // y.size(1))
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+            tracked, momentum = (norm.running_mean, norm.running_var), _momentum(norm)
     else:
-        mean, var = norm.running_mean, norm.running_var
-    inverse = torch.rsqrt(var + norm.eps)
-    scale = inverse if weight is None else inverse * weight
-    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-    return Normalised(mean, inverse, torch.stack((scale, shift)), by_batch)
+        statistics = torch.stack((norm.running_mean, norm.running_var))
+    inverse, folded = _C.batch_norm_fold(statistics, weight, bias, *tracked, momentum, y.numel() // y.size(1), norm.eps)
+    return Normalised(statistics[0], inverse, folded, by_batch)
 
 
-def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    if norm.running_mean is None:
-        return
-    factor = 0.0 if norm.momentum is None else norm.momentum
+def _momentum(norm: nn.BatchNorm2d) -> float:
+    """Of this batch, which is counted."""
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
-            factor = 1.0 / float(norm.num_batches_tracked)
-    norm.running_mean.lerp_(mean, factor)
-    norm.running_var.lerp_(var * (count / max(count - 1, 1)), factor)
-
-
-def _norm_coefficients(norm: Normalised, gamma: Tensor | None, sums: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows mean, factor, slope and offset of what the norm makes of a gradient; the gradient of its weight."""
-    inverse = norm.inverse_deviation
-    grad_gamma = sums[1] * inverse
-    factor = inverse if gamma is None else inverse * gamma
-    if norm.by_batch:
-        per_value = factor * (-y.size(1) / y.numel())
-        slope, offset = per_value * grad_gamma * inverse, per_value * sums[0]
-    else:
-        slope = offset = torch.zeros_like(factor)
-    return torch.stack((norm.mean, factor, slope, offset)), grad_gamma
+            return 1.0 / float(norm.num_batches_tracked)
+    return 0.0 if norm.momentum is None else float(norm.momentum)
 
 
 def _excite(stage: Gate, reading: Reading, *layers) -> tuple[Tensor, tuple[Tensor, ...]]:
