@@ -4,7 +4,8 @@ which `benchmarks.predict` predicts it."""
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def name_of(dtype: str) -> str:
 class Measured:
     """Values as written, in the unit of the prediction's column; of two files the later one's."""
 
-    chips: Collection[str]
-    """The names that predictions have; another GPU goes by its own."""
+    chips: Mapping[str, str]
+    """What predictions call a GPU, by PyTorch's name of it; others go by that."""
     layers: dict[Key, str] = field(default_factory=dict)
     """µs, by chip, case, dtype (fp16), batch and direction."""
     steps: dict[Key, str] = field(default_factory=dict)
@@ -36,8 +37,11 @@ class Measured:
 
     def add(self, file: Path) -> None:
         """Raises ValueError if it is none of those files, or not of a GPU."""
-        with file.open(newline="") as opened:
-            rows = list(csv.DictReader(opened))
+        try:
+            with file.open(newline="", encoding="utf-8-sig") as opened:
+                rows = list(csv.DictReader(opened))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"predict: {file} is no CSV file: {error}") from None
         readers = {"suite": self._suite, "is_default": self._steps, "first_loss": self._training}
         reader = next((reader for column, reader in readers.items() if rows and column in rows[0]), None)
         if reader is None:
@@ -45,7 +49,7 @@ class Measured:
         if any(row.get("device", "cuda") != "cuda" or not row.get("gpu") for row in rows):
             raise ValueError(f"predict: {file} was not measured on a GPU")
         for row in rows:
-            row["chip"] = next((chip for chip in self.chips if chip in row["gpu"].split()), row["gpu"])
+            row["chip"] = self.chips.get(row["gpu"], row["gpu"])
         try:
             reader([row for row in rows if row.get("median_ms") or row.get("us")])
         except (KeyError, ValueError) as error:
@@ -55,7 +59,7 @@ class Measured:
         for row in _by_preference(rows, OF_LAYERS):
             if row["suite"] == "layers":
                 key = row["chip"], row["case"], row["dtype"], row["batch"], row["direction"]
-                self.layers[key] = f"{1e3 * float(row['median_ms']):.2f}"
+                self.layers[key] = f"{1e3 * _time(row['median_ms']):.2f}"
         for row in rows:
             if (row["suite"], row["peer"], row["direction"]) == ("models", "accelerate", "forward"):
                 self._network(row["case"], row, "inference")
@@ -65,14 +69,21 @@ class Measured:
             if row["way"] == "planned" and row["is_default"] == "True":
                 shape = row["shape"].replace("x", "×")
                 key = row["chip"], row["model"], name_of(row["dtype"]), row["batch"], row["step"], row["kernel"], shape
-                self.steps[key] = f"{float(row['us']):.2f}"
+                self.steps[key] = f"{_time(row['us']):.2f}"
 
     def _training(self, rows: list[dict[str, str]]) -> None:
         for row in _by_preference(rows, OF_TRAINING):
             self._network(row["network"], row, "training")
 
     def _network(self, model: str, row: dict[str, str], what: str) -> None:
-        self.networks[row["chip"], model, name_of(row["dtype"]), row["batch"], what] = f"{float(row['median_ms']):.3f}"
+        self.networks[row["chip"], model, name_of(row["dtype"]), row["batch"], what] = f"{_time(row['median_ms']):.3f}"
+
+
+def _time(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(f"no time: {text}")
+    return value
 
 
 def _by_preference(rows: list[dict[str, str]], peers: tuple[str, ...]) -> Iterator[dict[str, str]]:

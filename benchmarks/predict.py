@@ -42,6 +42,8 @@ MODELS = {
     "inception_v3": 299,
 }
 CHIPS = {"H100": H100, "H200": H200}
+# As PyTorch names them. Others of their families, as H100s on PCIe, have other memories.
+NAMES = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H200": "H200"}
 Steps = list[tuple[cuda.Row, Work]]
 Networks = dict[tuple[str, str, torch.dtype], dict[int, Steps]]
 """By chip, model and dtype; then by batch."""
@@ -116,7 +118,7 @@ def write(
     before = {}
     if file.exists():
         with file.open(newline="") as opened:
-            before = {key_of(row): row[column] for row in csv.DictReader(opened)}
+            before = {key_of(row): row[column] for row in csv.DictReader(opened) if row.keys() >= {*key, column}}
     for row in rows:
         row[column] = measured.get(key_of(row)) or before.get(key_of(row), "")
     if strangers := [", ".join(each) for each in measured.keys() - {key_of(row) for row in rows}]:
@@ -204,7 +206,8 @@ TRAINING = """## Training
 Forward and backward of convolutions, batch norms with their activations and squeeze-excites, kernel by kernel, without
 residuals, pooling, classifier, loss and optimizer; PyTorch's kernels at the speeds above too, where they read and write
 more. So the ratio is what fewer passes alone should give; PyTorch's depthwise gradients are known to take many times
-what their bytes do. The host's time is left out: this training is no CUDA graph, and at batch 32 waits for the host.
+what their bytes do. The host's time is left out: launched one by one, a step at batch 32 waits for the host, and in a
+CUDA graph, as `python -m benchmarks.training --device cuda` times it too, it does not.
 Single layers, forward and with each gradient, are in
 [gpu_predictions_layers.csv](gpu_predictions_layers.csv), in channels_last and under the names that
 `python -m benchmarks layers --device cuda --batch 1 32 256 --dtype fp16 fp32` gives them.
@@ -233,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = ROOT / "docs" if options.model == list(MODELS) else ROOT / "benchmarks" / "results"
     out = options.out or folder / "gpu_predictions.md"
-    found = Measured(CHIPS)
+    found = Measured(NAMES)
     for file in options.measured:
         try:
             found.add(file)

@@ -31,7 +31,8 @@ PLANNED_FOR = {80: "A100", 90: "H100", 100: "H200"}
 
 
 def calls_of(layer: layers.Layer, batch: int, dtype: torch.dtype, channels_last: bool) -> Iterator[Callable]:
-    """Of launchers, forward and backward, on tensors that are nowhere; with all that an epilogue can have."""
+    """Of launchers, forward and backward, on tensors that are nowhere: with all that an epilogue has in `accelerate`'s
+    plans and more, and with the scale and bias of a batch norm, as layers have them in evaluation."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def image(channels: int, height: int, width: int) -> torch.Tensor:
@@ -45,14 +46,16 @@ def calls_of(layer: layers.Layer, batch: int, dtype: torch.dtype, channels_last:
     if isinstance(layer, layers.Convolution):
         k, size, sides = layer.out_channels, (layer.height, layer.width), zip(layer.padding, layer.kernel, strict=True)
         out = ((n + 2 * p - r) // layer.stride + 1 for n, (p, r) in zip(size, sides, strict=True))
-        x, y, bias = image(c, *size), image(k, *out), vector(k)
+        x, y, bias, scale = image(c, *size), image(k, *out), vector(k, wide=True), vector(k, wide=True)
         if layer.depthwise:
             w, geometry = vector(c, 1, *layer.kernel), ((layer.stride, layer.stride), layer.padding, (1, 1))
             yield lambda: kernels.depthwise_conv2d(x, w, bias, *geometry, "hardswish", with_sums=channels_last)
+            yield lambda: kernels.depthwise_conv2d(x, w, bias, *geometry, "hardswish", scale)
             yield lambda: kernels.depthwise_conv2d_backward(y, x, w, *geometry)
         else:
             w, gate = vector(k, c, 1, 1), vector(batch, c, 1, 1)
             yield lambda: kernels.pointwise_conv2d(x, w, bias, "hardswish", gate, y)
+            yield lambda: kernels.pointwise_conv2d(x, w, bias, "hardswish", None, y, scale)
         return
     x = image(c, layer.size, layer.size)
     if isinstance(layer, layers.BatchNorm):

@@ -75,7 +75,11 @@ def test_page_and_csv(tmp_path, capsys):
         of_layers = list(csv.DictReader(opened))
     names = {case.name for case in layers.cases() if "cuda" in case.devices}
     assert {row["case"] for row in of_layers} == names and not any(row["measured_us"] for row in of_layers)
-    assert read(file.with_name("predictions_networks.csv"))[0]["measured_ms"] == ""
+    networks = file.with_name("predictions_networks.csv")
+    assert read(networks)[0]["measured_ms"] == ""
+    networks.write_text("model,measured_ms\nmobilenet_v3_small,1\n")  # as an older version wrote it
+    assert predict.main(["--model", "mobilenet_v3_small", "--out", str(file)]) == 0
+    assert read(networks)[0]["measured_ms"] == ""
 
 
 def read(file):
@@ -150,13 +154,18 @@ def test_what_was_measured_stands_beside_the_prediction_and_stays(tmp_path, caps
     other = write(tmp_path / "other.csv", [{"name": "1"}])
     on_cpu = write(tmp_path / "cpu.csv", [result | {"device": "cpu"}])
     old = write(tmp_path / "old.csv", [{"network": "mobilenet_v1", "first_loss": "7", "median_ms": "9"}])
-    broken = write(tmp_path / "broken.csv", [result | {"median_ms": "abc"}])
-    strange = write(tmp_path / "strange.csv", [result | {"gpu": "NVIDIA A100"}])
+    broken, nan = (
+        write(tmp_path / f"{name}.csv", [result | {"median_ms": value}])
+        for name, value in (("broken", "abc"), ("nan", "nan"))
+    )
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes(b"suite,\xe9\n1,2\n")
+    strange = write(tmp_path / "strange.csv", [result | {"gpu": "NVIDIA H100 PCIe"}])
     capsys.readouterr()
     assert predict.main([*command, "--measured", strange]) == 0
     said = capsys.readouterr().out
     assert (
-        f"predictions_layers.csv: of 1 measured, 1 have no prediction, as NVIDIA A100, {case}, fp16, 32, forward"
+        f"predictions_layers.csv: of 1 measured, 1 have no prediction, as NVIDIA H100 PCIe, {case}, fp16, 32, forward"
         in said
     )
     before = file.read_bytes()
@@ -165,6 +174,8 @@ def test_what_was_measured_stands_beside_the_prediction_and_stays(tmp_path, caps
         (nowhere, "was not measured on a GPU"),
         (old, "was not measured on a GPU"),
         (broken, "broken.csv is not as it was written"),
+        (nan, "no time: nan"),
+        (str(latin), "latin.csv is no CSV file"),
         (other, "is no file of"),
         (on_cpu, "was not measured on a GPU"),
         ("none.csv", "No such file"),

@@ -285,6 +285,71 @@ def test_batch_norms_of_every_kind(norm, monkeypatch):
     assert all(count == 2 for count in tracked)
 
 
+def _with_a_parameter_for_a_statistic(norm):
+    mean = norm._buffers.pop("running_mean")
+    norm.running_mean = nn.Parameter(mean, requires_grad=False)
+
+
+def _with_inference_statistics(norm):
+    with torch.inference_mode():
+        norm.running_mean = norm.running_mean.clone()
+
+
+def _negated(name):
+    def change(norm):
+        tensor = torch._neg_view(getattr(norm, name).detach())
+        setattr(norm, name, tensor if name.startswith("running") else nn.Parameter(tensor))
+
+    return change
+
+
+@pytest.mark.parametrize("train", (True, False))
+@pytest.mark.parametrize(
+    "change",
+    (
+        _with_a_parameter_for_a_statistic,
+        _with_inference_statistics,
+        *map(_negated, ("weight", "bias", "running_mean")),
+        lambda norm: setattr(norm, "running_var", None),
+        lambda norm: (setattr(norm, "running_var", None), setattr(norm, "running_mean", None)),
+        lambda norm: setattr(norm, "running_mean", torch.zeros(5)),
+        lambda norm: setattr(norm, "eps", 0.0),
+    ),
+)
+def test_norms_that_somebody_changed_are_as_in_pytorch(change, train, monkeypatch):
+    """The same numbers and counts, or the same error, before which nothing changed."""
+    ours = inverted_residual(squeeze=False).train(train)
+    stock, results = copy.deepcopy(ours), []
+    for module, patched in ((ours, False), (stock, True)):
+        change(module[1])
+        before = {name: None if b is None else b.clone() for name, b in module[1]._buffers.items()}
+        with monkeypatch.context() as patch:
+            if patched:
+                plain(module, patch)
+            try:
+                results.append(step(module, image()) | {"count": module[1].num_batches_tracked})
+            except Exception as error:
+                results.append({"error": type(error)})
+                for name in ("running_mean", "running_var"):
+                    after = module[1]._buffers.get(name)
+                    assert (after is None) == (before.get(name) is None)
+                    assert after is None or torch.equal(after, before[name])
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[1].items():
+        if name == "error":
+            assert results[0][name] is value
+        else:
+            torch.testing.assert_close(results[0][name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_that_is_used_alone_as_well():
+    """Its statistics may have been kept for another gradient, which their moving on doesn't spoil."""
+    module, x = inverted_residual(squeeze=False), image()
+    alone = module[1](x.repeat(1, 3, 1, 1))
+    (module(x).sum() + alone.sum()).backward()
+    assert module[1].num_batches_tracked == 2
+
+
 def test_a_mean_far_from_zero(monkeypatch):
     x = image(dtype=torch.float32) + 1000
     check(inverted_residual(squeeze=False), x, monkeypatch)
@@ -321,14 +386,21 @@ def test_layouts(layout, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "make", (lambda: inverted_residual(hidden=70, kernel=5), lambda: stem(channels=8, pool=(3, 2)))
+    ("make", "shape"),
+    (
+        (lambda: inverted_residual(hidden=70, kernel=5), (9, 8, 40, 40)),
+        (lambda: inverted_residual(hidden=70, kernel=5), (2, 8, 9, 9)),
+        (lambda: inverted_residual(640, 960, 640, squeeze=False), (8, 640, 6, 6)),
+        (lambda: stem(channels=8, pool=(3, 2)), (9, 8, 40, 40)),
+    ),
 )
-def test_results_do_not_depend_on_threads(make):
-    module, x = make(), image(9, 8, 40, 40)
+def test_results_do_not_depend_on_threads(make, shape):
+    """More of them than groups that the pixels are summed in, too."""
+    module, x = make(), image(*shape)
     results = []
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3, 1):
+        for count in (1, 2, 3, 9, 14, 1):
             torch.set_num_threads(count)
             results.append(step(copy.deepcopy(module), x))
     finally:

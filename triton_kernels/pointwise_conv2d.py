@@ -160,9 +160,12 @@ def pointwise_conv2d(
     chip = chip_of(input)
     vector = vector_of_pixels(channels_last, *(t for t in (out, residual) if t is not None))
     tile = pointwise_tile(chip, input.element_size(), images, pixels, channels, out_channels, vector > 1)
+    one_k = channels <= tile.channels
+    out_blocks, blocks = triton.cdiv(out_channels, tile.out_channels), images * triton.cdiv(pixels, tile.pixels)
+    programs = max(out_blocks, tile.programs) if one_k else blocks * out_blocks
     if pixels * images:
         with on_device(input):
-            _forward[(tile.programs,)](
+            _forward[(programs,)](
                 *(input, weight, scale, bias, gate, residual, out),
                 *(images, pixels, channels, out_channels),
                 *strides(input, channels_last),
@@ -177,7 +180,7 @@ def pointwise_conv2d(
                 BLOCK_M=tile.pixels,
                 BLOCK_N=tile.out_channels,
                 BLOCK_K=tile.channels,
-                ONE_K=channels <= tile.channels,
+                ONE_K=one_k,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
                 **launch_options(),

@@ -297,7 +297,8 @@ def _warps(size: int, elements: int) -> int:
 
 @dataclass(frozen=True)
 class ProductTile:
-    """Of a pointwise convolution: the block of a matrix product, and how many programs share all blocks."""
+    """Of a convolution: the block of a matrix product, and how many programs share all blocks, where one that has all
+    channels in a block may take several."""
 
     pixels: int
     out_channels: int
@@ -314,8 +315,9 @@ def pointwise_tile(
     """All output channels in a block where 128 are enough, so that the input is read once; what a block has too many
     costs the tensor cores little.
 
-    ``together``: whether neighbours of what a thread stores lie together. In contiguous images of 7 × 7 or 19 × 19
-    pixels they don't: each element has an address, and threads have 32 at most, of few input channels at a time.
+    ``together``: whether neighbours of what a thread stores lie together. Of contiguous images of 7 × 7 or 19 × 19
+    pixels, and an odd number of channels in channels_last, they don't: each element has an address, and threads have
+    32 at most, of few input channels at a time.
     """
     if itemsize == 8:
         block_n = fit(out_channels, 16, 32)

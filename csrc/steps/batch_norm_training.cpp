@@ -150,7 +150,6 @@ void track(const OptionalTensor& running, const T* batch, double factor, double 
   for (int64_t c = 0; c < running->size(0); ++c, value += running->stride(0)) {
     *value = static_cast<T>(momentum * (factor * batch[c]) + (1 - momentum) * *value);
   }
-  running->unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace

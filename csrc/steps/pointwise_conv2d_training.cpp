@@ -121,8 +121,8 @@ class PointwiseBackward final : public Step {
         adds_(adds),
         blocks_(shape.n, shape.pixels(), block_pixels<T>(2 * shape.c + out_channels)) {
     // Each group has a weight gradient of its own: fewer where those are larger than what they are summed from.
-    const int64_t most = need_weight ? (int64_t{1} << 21) / (shape.c * out_channels) : kGroups;
-    groups_ = std::min(blocks_.count(), std::clamp<int64_t>(most, 4, kGroups));
+    const int64_t most = need_weight ? (int64_t{1} << 20) / (shape.c * out_channels) : kGroups;
+    groups_ = std::min(blocks_.count(), std::clamp<int64_t>(most, 2, kGroups));
   }
 
   int64_t groups() const { return groups_; }
@@ -134,12 +134,19 @@ class PointwiseBackward final : public Step {
   // Buffers: the gradient, y (or null), x, the input's gradient, what is added to it, and the weight's gradient, (K, C)
   // or (C, K).
   void run(const Work& work) const override {
-    const Range groups = work.team.share(groups_);
-    for (int64_t g = groups.begin; g < groups.end; ++g) {
-      if (need_weight_) std::fill_n(weight_sums(g), shape_.c * columns_, T(0));
-      if (sums_.norm.defined()) std::fill_n(sums_.norm.data_ptr<T>() + g * 2 * shape_.c, 2 * shape_.c, T(0));
+    const int64_t parts = parts_for(work.team.size);
+    const Range items = work.team.share(groups_ * parts);
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const int64_t g = item / parts;
+      const Part part = part_of(item % parts, parts);
+      if (part.weight.size() > 0) {
+        std::fill_n(weight_sums(g) + part.weight.begin * row_elements(), part.weight.size() * row_elements(), T(0));
+      }
+      if (part.input && sums_.norm.defined()) {
+        std::fill_n(sums_.norm.data_ptr<T>() + g * 2 * shape_.c, 2 * shape_.c, T(0));
+      }
       const Range range = share(blocks_.count(), groups_, g);
-      for (int64_t b = range.begin; b < range.end; ++b) run_block(work, g, b, b + 1 == range.end);
+      for (int64_t b = range.begin; b < range.end; ++b) run_block(work, g, b, b + 1 == range.end, part);
     }
     work.team.sync();
     if (need_weight_) {
@@ -159,9 +166,34 @@ class PointwiseBackward final : public Step {
   std::string describe() const override { return "pointwise gradients"; }
 
  private:
-  T* weight_sums(int64_t g) const { return sums_.weight.data_ptr<T>() + g * shape_.c * columns_; }
+  // What one thread does of a group: rows of the weight's sums, and the input's gradient.
+  struct Part {
+    Range weight;
+    bool input;
+  };
 
-  void run_block(const Work& work, int64_t g, int64_t b, bool last) const {
+  // Into how many parts a group's work is cut: more than one where there are more threads than groups, or groups don't
+  // go into the threads evenly, and what each part reads anew is worth it.
+  int64_t parts_for(int64_t threads) const {
+    if (!need_weight_ || threads >= 2 * groups_) return need_weight_ ? threads / groups_ : 1;
+    const int64_t halves = (2 * groups_ + threads - 1) / threads, wholes = (groups_ + threads - 1) / threads;
+    return 10 * halves < 9 * 2 * wholes ? 2 : 1;
+  }
+
+  // Of several parts one is the input's gradient, and the others some rows each of the weight's. Every sum is taken by
+  // one thread in the same order, however many there are.
+  Part part_of(int64_t index, int64_t parts) const {
+    const int64_t rows = need_weight_ ? shape_.c * columns_ / row_elements() : 0;
+    if (parts == 1) return {{0, rows}, need_input_};
+    if (!need_input_) return {share(rows, parts, index), false};
+    if (index == 0) return {{0, 0}, true};
+    return {share(rows, parts - 1, index - 1), false};
+  }
+
+  T* weight_sums(int64_t g) const { return sums_.weight.data_ptr<T>() + g * shape_.c * columns_; }
+  int64_t row_elements() const { return transposes() ? columns_ : shape_.c; }
+
+  void run_block(const Work& work, int64_t g, int64_t b, bool last, const Part& part) const {
     const Range rows = blocks_.block(b);
     const int64_t c = shape_.c;
     const T *grad = work.buffer<T>(0), *y = work.buffer<T>(1), *x = work.buffer<T>(2);
@@ -179,7 +211,7 @@ class PointwiseBackward final : public Step {
       });
       d = of_y;
     }
-    if (need_weight_) {
+    if (part.weight.size() > 0) {
       const T* a = x + rows.begin * c;
       if (read_.folded.has_value()) {
         blocks_.for_each_image(b, [&](int64_t image, Range part, int64_t) {
@@ -190,11 +222,12 @@ class PointwiseBackward final : public Step {
       }
       GemmTransposedArgs<T> args{};
       args.rows = rows.size();
-      args.a = transposes() ? a : d;
+      args.a = (transposes() ? a : d) + part.weight.begin;
       args.b = transposes() ? d : a;
-      args.a_stride = args.columns_a = transposes() ? c : columns_;
-      args.b_stride = args.columns_b = args.out_stride = transposes() ? columns_ : c;
-      args.out = weight_sums(g);
+      args.a_stride = transposes() ? c : columns_;
+      args.columns_a = part.weight.size();
+      args.b_stride = args.columns_b = args.out_stride = row_elements();
+      args.out = weight_sums(g) + part.weight.begin * row_elements();
       args.panel = of_y + rows.size() * columns_;
       if (!last) {
         const Range next = blocks_.block(b + 1);
@@ -207,7 +240,7 @@ class PointwiseBackward final : public Step {
       }
       kernels_.gemm_transposed(args);
     }
-    if (!need_input_) return;
+    if (!part.input) return;
     T* out = work.buffer<T>(3) + rows.begin * c;
     const bool apart = sums_.norm.defined() || read_.activation != Activation::kNone;
     GemmArgs<T> args = product(kernels_, d, rows.size(), columns_, packed_, c, Activation::kNone,

@@ -198,8 +198,12 @@ class TrainingBlock(Step):
         if first.norm is not None and first.conv is None and first.norm.num_features != x.size(1):
             return False
         for stage in self.stages:
+            if isinstance(stage, Stage) and stage.norm is not None and not _is_usual(stage.norm):
+                return False
             for tensor in (*stage.parameters(), *stage.statistics()):
-                if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.dtype != dtype):
+                if tensor is not None and (
+                    type(tensor) not in _PLAIN_TYPES or tensor.dtype != dtype or tensor.is_neg()
+                ):
                     return False
         return True
 
@@ -347,6 +351,20 @@ def _is_trainable_norm(norm: nn.Module) -> bool:
         and keeps_parameters(norm)
         and getattr(norm, "activation", "none") is not None
     )
+
+
+def _is_usual(norm: nn.BatchNorm2d) -> bool:
+    """Whether it has both statistics or neither, where `nn.BatchNorm2d` keeps them, of its size and such as it may
+    write to, and an eps that it may have. Of others PyTorch says what is wrong, if anything is.
+    """
+    buffers = norm._buffers
+    if not (norm.eps > 0 and "running_mean" in buffers and "running_var" in buffers):
+        return False
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    if mean is None or var is None:
+        return mean is var
+    size = (norm.num_features,)
+    return not any(t.shape != size or t.requires_grad or t.is_inference() for t in (mean, var))
 
 
 class _Block(torch.autograd.Function):
@@ -603,7 +621,7 @@ def _normalise(norm: nn.BatchNorm2d, y: Tensor, statistics: Tensor | None, weigh
         F._verify_batch_size(y.shape)
         if statistics is None:
             statistics = _ops.batch_norm_statistics(y)
-        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        if norm.training and norm.track_running_stats:
             tracked, momentum = (norm.running_mean, norm.running_var), _momentum(norm)
     else:
         statistics = torch.stack((norm.running_mean, norm.running_var))
@@ -617,7 +635,7 @@ def _momentum(norm: nn.BatchNorm2d) -> float:
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             return 1.0 / float(norm.num_batches_tracked)
-    return 0.0 if norm.momentum is None else float(norm.momentum)
+    return 0.0 if norm.momentum is None else norm.momentum
 
 
 def _excite(stage: Gate, reading: Reading, *layers) -> tuple[Tensor, tuple[Tensor, ...]]:
