@@ -317,6 +317,20 @@ def test_pointwise_conv2d(case):
         assert actual.stride() == strides_on_cpu("pointwise_conv2d", args)
 
 
+@pytest.mark.parametrize("programs", (1, 2, 1000))
+@pytest.mark.parametrize("channels", (30, 70))
+def test_any_number_of_programs_computes_all_of_a_product(channels, programs, monkeypatch):
+    """As a tile that somebody kept may ask for, with one block of channels and several."""
+    tile = triton_kernels.tiles.ProductTile(16, 16, 32, 4, 3, programs)
+    module = importlib.import_module("mobilenet_fast.triton_kernels.pointwise_conv2d")
+    monkeypatch.setattr(module, "pointwise_tile", lambda *_: tile)
+    x, weight = torch.randn(2, channels, 5, 9), torch.randn(40, channels, 1, 1)
+    x, weight = (tensor.to(DEVICE, torch.float64) for tensor in (x, weight))
+    out = torch.full((2, 40, 5, 9), torch.nan, dtype=x.dtype, device=DEVICE)
+    triton_kernels.pointwise_conv2d(x, weight, out=out)
+    torch.testing.assert_close(out, F.conv2d(x, weight))
+
+
 BATCH_NORM = pairwise(
     dtype=DTYPES,
     layout=LAYOUTS,
