@@ -52,6 +52,13 @@ class WeightGradient final : public Step {
         args.b_stride = args.columns_b = args.out_stride = depth_;
         args.out = sums;
         args.panel = of_y + rows.size() * y_.c;
+        if (b + 1 < range.end) {
+          const Range next = blocks_.block(b + 1);
+          const T* y = work.buffer<T>(1);
+          args.fetch[0] = work.buffer<T>(0) + next.begin * y_.c;
+          args.fetch[1] = y == nullptr || args.a != of_y ? nullptr : y + next.begin * y_.c;
+          args.fetch_bytes[0] = args.fetch_bytes[1] = next.size() * y_.c * static_cast<int64_t>(sizeof(T));
+        }
         kernels_.gemm_transposed(args);
       }
     }
