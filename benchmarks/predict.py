@@ -1,11 +1,12 @@
 """What each step of the family's networks should take on a GPU: ``python -m benchmarks.predict``.
 
-Writes docs/gpu_predictions.md; its .csv with every step, gpu_predictions_layers.csv with every layer of the suite
-(benchmarks/predict_layers.py), and gpu_predictions_networks.csv. The steps are those that `accelerate` plans for each
-chip, the times those that it chooses fused blocks by (mobilenet_fast/accelerate/roofline.py). What a GPU took has a
-column of its own, which is empty as long as nothing was measured: the prediction is there to be compared with, and to
-say beforehand which steps deserve work. ``--measured`` fills it, by the name of the chip, from what `benchmarks
---device cuda`, `gpu_session`, `gpu_tune` and `training --device cuda` wrote; later runs keep it. No GPU is needed.
+Writes docs/gpu_predictions.md; its .csv with every step, gpu_predictions_networks.csv, and for each chip a
+gpu_predictions_layers_*.csv with every layer of the suite (benchmarks/predict_layers.py). The steps are those that
+`accelerate` plans for each chip, the times those that it chooses fused blocks by
+(mobilenet_fast/accelerate/roofline.py). What a GPU took has a column of its own, which is empty as long as nothing was
+measured: the prediction is there to be compared with, and to say beforehand which steps deserve work. ``--measured``
+fills it, by the name of the chip, from what `benchmarks --device cuda`, `gpu_session`, `gpu_tune` and `training
+--device cuda` wrote; later runs keep it. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -209,7 +210,8 @@ more. So the ratio is what fewer passes alone should give; PyTorch's depthwise g
 what their bytes do. The host's time is left out: launched one by one, a step at batch 32 waits for the host, and in a
 CUDA graph, as `python -m benchmarks.training --device cuda` times it too, it does not.
 Single layers, forward and with each gradient, are in
-[gpu_predictions_layers.csv](gpu_predictions_layers.csv), in channels_last and under the names that
+[gpu_predictions_layers_h100.csv](gpu_predictions_layers_h100.csv) and
+[gpu_predictions_layers_h200.csv](gpu_predictions_layers_h200.csv), in channels_last and under the names that
 `python -m benchmarks layers --device cuda --batch 1 32 256 --dtype fp16 fp32` gives them.
 """
 
@@ -250,10 +252,13 @@ def main(arguments: list[str] | None = None) -> int:
     }
     steps, of_networks = list(step_rows(networks)), list(network_rows(networks))
     out.parent.mkdir(parents=True, exist_ok=True)
-    files = [out.with_suffix(".csv"), *(out.with_name(f"{out.stem}_{what}.csv") for what in ("layers", "networks"))]
+    files = [out.with_suffix(".csv"), out.with_name(f"{out.stem}_networks.csv")]
     write(files[0], steps, STEP, "measured_us", found.steps)
-    write(files[1], list(predict_layers.layer_rows(CHIPS)), LAYER, "measured_us", found.layers)
-    write(files[2], of_networks, NETWORK, "measured_ms", found.networks)
+    write(files[1], of_networks, NETWORK, "measured_ms", found.networks)
+    for chip, limits in CHIPS.items():
+        files.append(out.with_name(f"{out.stem}_layers_{chip.lower()}.csv"))
+        measured = {key: us for key, us in found.layers.items() if key[0] == chip or key[0] not in CHIPS}
+        write(files[-1], list(predict_layers.layer_rows(chip, limits)), LAYER, "measured_us", measured)
     out.write_text(page(networks, steps, of_networks), encoding="utf-8")
     print(summary(networks, of_networks))
     print("written:", out, *files)

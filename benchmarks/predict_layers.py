@@ -7,7 +7,6 @@ caches first. Of training, layer by layer, PyTorch's passes are counted as well.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -163,9 +162,9 @@ def _squeeze_excite(x: float, vectors: float, backward: bool, ours: bool) -> lis
     return [*forward, *products, *[small] * 12, Kernel({"mean": x}), Kernel({"gated": x, "mean": x, "grad x": x})]
 
 
-def layer_rows(chips: dict[str, Limits]) -> Iterator[dict]:
-    """One for each chip and each of the suite's layers on a GPU, with batch, dtype and direction."""
-    for (chip, limits), case in itertools.product(chips.items(), layers.cases()):
+def layer_rows(chip: str, limits: Limits) -> Iterator[dict]:
+    """One for each of the suite's layers on a GPU, with batch, dtype and direction."""
+    for case in layers.cases():
         if "cuda" not in case.devices:
             continue
         layer = layers.parse(case.name)

@@ -71,7 +71,7 @@ def test_page_and_csv(tmp_path, capsys):
         assert float(inference[7]) == pytest.approx(totals[dtype] / 1e3, rel=0.01)
         assert 0 < float(training[5]) < float(training[6])
     assert totals["float32"] > 1.5 * totals["float16"]
-    with file.with_name("predictions_layers.csv").open(newline="") as opened:
+    with file.with_name("predictions_layers_h200.csv").open(newline="") as opened:
         of_layers = list(csv.DictReader(opened))
     names = {case.name for case in layers.cases() if "cuda" in case.devices}
     assert {row["case"] for row in of_layers} == names and not any(row["measured_us"] for row in of_layers)
@@ -136,7 +136,7 @@ def test_what_was_measured_stands_beside_the_prediction_and_stays(tmp_path, caps
             ]
             for what, path, column in (
                 ("steps", file.with_suffix(".csv"), "measured_us"),
-                ("layers", tmp_path / "predictions_layers.csv", "measured_us"),
+                ("layers", tmp_path / "predictions_layers_h200.csv", "measured_us"),
                 ("networks", tmp_path / "predictions_networks.csv", "measured_ms"),
             )
         }
@@ -164,10 +164,8 @@ def test_what_was_measured_stands_beside_the_prediction_and_stays(tmp_path, caps
     capsys.readouterr()
     assert predict.main([*command, "--measured", strange]) == 0
     said = capsys.readouterr().out
-    assert (
-        f"predictions_layers.csv: of 1 measured, 1 have no prediction, as NVIDIA H100 PCIe, {case}, fp16, 32, forward"
-        in said
-    )
+    assert "predictions_layers_h200.csv: of 1 measured, 1 have no prediction" in said
+    assert f"as NVIDIA H100 PCIe, {case}, fp16, 32, forward" in said
     before = file.read_bytes()
     nowhere = write(tmp_path / "nowhere.csv", [{name: value for name, value in result.items() if name != "gpu"}])
     for given, what in (
